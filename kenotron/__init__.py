@@ -1,0 +1,41 @@
+"""Kénotron: pretraining of large transformers on 4D parallelism from ordinary Lightning code.
+
+Importing it registers the strategies ``"kenotron"``, ``"kenotron_ddp"`` and ``"kenotron_zero1"`` to ``"kenotron_zero3"`` with
+Lightning. Everything else is imported when it is first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from kenotron import _autoload
+
+if TYPE_CHECKING:
+    from kenotron.checkpoint import load_state_dict
+    from kenotron.layout import ParallelLayout
+    from kenotron.parallel.plan import ParallelPlan
+    from kenotron.strategies import KenotronStrategy
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "KenotronStrategy": "kenotron.strategies",
+    "ParallelLayout": "kenotron.layout",
+    "ParallelPlan": "kenotron.parallel.plan",
+    "load_state_dict": "kenotron.checkpoint",
+}
+
+__all__ = ["KenotronStrategy", "ParallelLayout", "ParallelPlan", "__version__", "load_state_dict"]
+
+_autoload.autoload()
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

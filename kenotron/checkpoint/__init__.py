@@ -1,0 +1,64 @@
+"""Sharded checkpoints: saved on any layout, published by one rename, checked byte for byte, loaded on any layout."""
+
+from kenotron.checkpoint.errors import (
+    CheckpointError,
+    ChecksumError,
+    CoverageError,
+    DtypeMismatchError,
+    FileMissingError,
+    FileSizeError,
+    ManifestDamagedError,
+    MismatchError,
+    NotACheckpointError,
+    NotPublishedError,
+    PickleRefusedError,
+    RanksMissingError,
+    RankStateMissingError,
+    SaveFailedError,
+    ShapeMismatchError,
+    TensorMissingError,
+    UnpicklingError,
+    UnsafeFileNameError,
+    VersionTooNewError,
+)
+from kenotron.checkpoint.format import LocalTensor, Piece
+from kenotron.checkpoint.load import load_into, load_rank_state, load_state, load_state_dict
+from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, is_checkpoint, read_manifest
+from kenotron.checkpoint.save import save
+from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
+
+__all__ = [
+    "CheckpointError",
+    "ChecksumError",
+    "CoverageError",
+    "DtypeMismatchError",
+    "FileMissingError",
+    "FileSizeError",
+    "LocalTensor",
+    "Manifest",
+    "ManifestDamagedError",
+    "MismatchError",
+    "NotACheckpointError",
+    "NotPublishedError",
+    "PickleRefusedError",
+    "Piece",
+    "RankStateMissingError",
+    "RanksMissingError",
+    "SaveFailedError",
+    "ShapeMismatchError",
+    "ShardWriter",
+    "StoredPiece",
+    "StoredTensor",
+    "SyncShardWriter",
+    "TensorMissingError",
+    "UnpicklingError",
+    "UnsafeFileNameError",
+    "VersionTooNewError",
+    "is_checkpoint",
+    "load_into",
+    "load_rank_state",
+    "load_state",
+    "load_state_dict",
+    "read_manifest",
+    "save",
+]

@@ -1,0 +1,308 @@
+"""The manifest: what a checkpoint consists of, its JSON form, and every check that makes it safe to act on.
+
+A manifest that ``read_manifest`` returns can be trusted with allocations: each tensor's pieces tile its shape, and
+their byte ranges lie apart from one another inside files whose sizes were looked up. So nothing that is sized by it is
+larger than what is really on the disk.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import os
+import re
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from kenotron.callbacks_native import crc32c
+from kenotron.checkpoint.boxes import Box, find_flaw, is_inside
+from kenotron.checkpoint.errors import (
+    FileMissingError,
+    FileSizeError,
+    ManifestDamagedError,
+    NotACheckpointError,
+    NotPublishedError,
+    UnsafeFileNameError,
+    VersionTooNewError,
+)
+from kenotron.checkpoint.format import CHUNK_BYTES, DTYPE_NAMES, DTYPES, FORMAT, MANIFEST, VERSION, unpublished_name
+
+_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
+_SEAL = re.compile(rb',"crc32c":"([0-9a-f]{8})"\}\n')
+_SEAL_BYTES = len(',"crc32c":"01234567"}\n')
+_MAX_EXTENT = 2**63 - 1
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredPiece:
+    """A box of a global tensor and the bytes that hold it.
+
+    Args:
+        file: the name of the shard.
+        begin: the first byte in the file. end: the byte after the last.
+        offset: where the box begins in the global tensor. shape: its extents.
+        crc32c: the CRC-32C of each ``CHUNK_BYTES`` from ``begin`` on, the last of which may be shorter.
+    """
+
+    file: str
+    begin: int
+    end: int
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    crc32c: tuple[int, ...]
+
+    @property
+    def box(self) -> Box:
+        """Where it lies in the global tensor."""
+        return Box(self.offset, self.shape)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return its form in the manifest."""
+        return {
+            "file": self.file,
+            "bytes": [self.begin, self.end],
+            "offset": list(self.offset),
+            "shape": list(self.shape),
+            "crc32c": list(self.crc32c),
+        }
+
+    @staticmethod
+    def from_json(node: Mapping[str, Any]) -> StoredPiece:
+        """Read the form that ``to_json`` returns."""
+        begin, end = _integers(node["bytes"])
+        return StoredPiece(
+            file=_text(node["file"]),
+            begin=begin,
+            end=end,
+            offset=_integers(node["offset"]),
+            shape=_integers(node["shape"]),
+            crc32c=_integers(node["crc32c"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredTensor:
+    """A global tensor: its dtype, its shape and the pieces that tile it (none where it has no elements)."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: tuple[StoredPiece, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return its form in the manifest."""
+        return {
+            "dtype": DTYPE_NAMES[self.dtype],
+            "shape": list(self.shape),
+            "pieces": [piece.to_json() for piece in self.pieces],
+        }
+
+    @staticmethod
+    def from_json(node: Mapping[str, Any]) -> StoredTensor:
+        """Read the form that ``to_json`` returns."""
+        return StoredTensor(
+            dtype=DTYPES[node["dtype"]],
+            shape=_integers(node["shape"]),
+            pieces=tuple(StoredPiece.from_json(piece) for piece in node["pieces"]),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """All that is known of a checkpoint without reading its data.
+
+    Args:
+        path: the checkpoint's directory.
+        save_id: names the save that wrote it.
+        world_size: how many ranks wrote it.
+        files: the size in bytes of each file beside the manifest.
+        tensors: every stored tensor by its global name.
+        state: the encoded shared state (``values.decode``).
+        rank_states: the encoded state of each rank, None where it had none.
+    """
+
+    path: Path
+    save_id: str
+    world_size: int
+    files: Mapping[str, int]
+    tensors: Mapping[str, StoredTensor]
+    state: Any
+    rank_states: tuple[Any, ...]
+
+    def to_bytes(self) -> bytes:
+        """Return the content of ``manifest.json``, which ends in the checksum of all that precedes it."""
+        content = json.dumps(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "save_id": self.save_id,
+                "world_size": self.world_size,
+                "files": self.files,
+                "tensors": {name: tensor.to_json() for name, tensor in self.tensors.items()},
+                "state": self.state,
+                "rank_states": self.rank_states,
+            },
+            separators=(",", ":"),
+            allow_nan=False,
+        ).encode()
+        content = content.removesuffix(b"}")
+        return content + b',"crc32c":"%08x"}\n' % crc32c(content)
+
+
+def head(save_id: str) -> bytes:
+    """Return the bytes with which the manifest of this save begins: enough to tell who published it."""
+    return f'{{"format":"{FORMAT}","version":{VERSION},"save_id":"{save_id}"'.encode()
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Tell whether a published checkpoint stands at ``path``, undamaged or not."""
+    directory = Path(path).resolve()
+    start = f'{{"format":"{FORMAT}",'.encode()
+    try:
+        with open(directory / MANIFEST, "rb") as file:
+            return unpublished_name(directory.name) is None and file.read(len(start)) == start
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """Read and check the manifest of a published checkpoint.
+
+    Args:
+        path: the checkpoint's directory, or a link to it.
+
+    Raises:
+        NotACheckpointError, NotPublishedError: there is no published checkpoint.
+        VersionTooNewError: it was written in a later version of the format.
+        ManifestDamagedError: its checksum fails, or it contradicts itself.
+        FileMissingError, FileSizeError: another file is gone, or not as long as it was.
+    """
+    directory = Path(path)
+    _check_published(directory)
+    manifest = parse_manifest((directory / MANIFEST).read_bytes(), directory)
+    for name, num_bytes in manifest.files.items():
+        check_file_size(directory / name, num_bytes)
+    return manifest
+
+
+def check_file_size(file: Path, num_bytes: int) -> None:
+    """Raise ``FileMissingError`` or ``FileSizeError`` unless ``file`` is there with ``num_bytes`` bytes."""
+    try:
+        found = file.stat().st_size
+    except FileNotFoundError:
+        raise FileMissingError(f"{file} is missing; the checkpoint cannot be loaded without it") from None
+    if found != num_bytes:
+        raise FileSizeError(f"{file} has {found} bytes and should have {num_bytes}; the checkpoint is incomplete")
+
+
+def _check_published(directory: Path) -> None:
+    if unpublished_name(directory.resolve().name):
+        raise NotPublishedError(f"{directory} is what a save left that never came to its end; load another checkpoint")
+    if is_checkpoint(directory):
+        return
+    if not directory.exists():
+        begun = [other.name for other in directory.parent.glob(".*") if unpublished_name(other.name) == directory.name]
+        if begun:
+            raise NotPublishedError(
+                f"{directory} does not exist: a save to it was begun and never came to its end ({', '.join(begun)}); "
+                f"load another checkpoint"
+            )
+    raise NotACheckpointError(f"{directory} is not a checkpoint: no {MANIFEST} of the format {FORMAT!r} in it")
+
+
+def parse_manifest(data: bytes, path: Path) -> Manifest:
+    """Return the manifest that ``data`` holds, checked against itself but not against the files.
+
+    Raises:
+        VersionTooNewError, ManifestDamagedError (of which UnsafeFileNameError is one): see ``read_manifest``.
+    """
+    file = path / MANIFEST
+    content, seal = data[:-_SEAL_BYTES], _SEAL.fullmatch(data[-_SEAL_BYTES:])
+    if seal is None or int(seal[1], 16) != crc32c(content):
+        raise ManifestDamagedError(f"{file} is damaged: its checksum does not match; load another checkpoint")
+    try:
+        node = json.loads(data)
+        version = node["version"]
+        if type(version) is int and version > VERSION:
+            raise VersionTooNewError(
+                f"{file} has version {version} of the format and this Kénotron reads up to {VERSION}; upgrade it"
+            )
+        if node["format"] != FORMAT or type(version) is not int or version < 1:
+            raise ManifestDamagedError(f"{file}: not a version of the format {FORMAT!r}")
+        manifest = Manifest(
+            path=path,
+            save_id=_text(node["save_id"]),
+            world_size=_integers([node["world_size"]])[0],
+            files=dict(zip(node["files"], _integers(node["files"].values()), strict=True)),
+            tensors={name: StoredTensor.from_json(tensor) for name, tensor in node["tensors"].items()},
+            state=node["state"],
+            rank_states=tuple(node["rank_states"]),
+        )
+        _check(manifest)
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
+        # Only a forgery gets here, since the checksum was right: whatever shape it has must end in one typed error.
+        raise ManifestDamagedError(f"{file} contradicts itself: {type(error).__name__}: {error}") from error
+    return manifest
+
+
+def _check(manifest: Manifest) -> None:
+    """Raise ``ValueError`` or ``UnsafeFileNameError`` where the manifest's parts do not fit together."""
+    for file in manifest.files:
+        if not _FILE_NAME.fullmatch(file) or file == MANIFEST:
+            raise UnsafeFileNameError(f"{manifest.path / MANIFEST} lists the file {file!r}, which is no plain name")
+    if len(manifest.rank_states) != manifest.world_size:
+        raise ValueError(f"{len(manifest.rank_states)} rank states for a world of {manifest.world_size}")
+    for name, tensor in manifest.tensors.items():
+        _check_tensor(name, tensor)
+    ranges: defaultdict[str, list[tuple[int, int, str]]] = defaultdict(list)
+    for name, tensor in manifest.tensors.items():
+        for piece in tensor.pieces:
+            ranges[piece.file].append((piece.begin, piece.end, name))
+    for file, spans in ranges.items():
+        if file not in manifest.files:
+            raise ValueError(f"pieces in the file {file!r}, which is not listed")
+        spans.sort()
+        for (_, end, name), (begin, _, other) in itertools.pairwise(spans):
+            if begin < end:
+                raise ValueError(f"{name} and {other} share bytes of {file}")
+        if spans[0][0] < 0 or spans[-1][1] > manifest.files[file]:
+            raise ValueError(f"pieces outside of {file}")
+
+
+def _check_tensor(name: str, tensor: StoredTensor) -> None:
+    extent = math.prod(max(size, 1) for size in tensor.shape)
+    if min(tensor.shape, default=0) < 0 or extent > _MAX_EXTENT:
+        raise ValueError(f"{name} cannot have the shape {tensor.shape}")
+    for piece in tensor.pieces:
+        num_bytes = piece.box.volume * tensor.dtype.itemsize
+        if not is_inside(piece.box, tensor.shape):
+            raise ValueError(f"a piece of {name} at {piece.offset} lies outside of it")
+        if num_bytes == 0 or piece.end - piece.begin != num_bytes:
+            raise ValueError(f"a piece of {name} at {piece.offset} is not {num_bytes} bytes long")
+        if len(piece.crc32c) != -(-num_bytes // CHUNK_BYTES):
+            raise ValueError(f"a piece of {name} at {piece.offset} has {len(piece.crc32c)} checksums")
+    flaw = find_flaw([piece.box for piece in tensor.pieces], tensor.shape)
+    if flaw is not None:
+        raise ValueError(f"element {flaw[0]} of {name} is stored {flaw[1]} times")
+
+
+def _integers(values: Iterable[Any]) -> tuple[int, ...]:
+    return _all(values, lambda value: type(value) is int, "integers")
+
+
+def _text(value: Any) -> str:
+    return _all([value], lambda value: type(value) is str, "a text")[0]
+
+
+def _all(values: Iterable[T], is_right: Callable[[T], bool], what: str) -> tuple[T, ...]:
+    found = tuple(values)
+    if not all(map(is_right, found)):
+        raise TypeError(f"expected {what}, found {found!r:.80}")
+    return found

@@ -1,0 +1,221 @@
+"""How the ranks of one save find each other: small files in the unpublished directory, and no collective.
+
+A save may be made where other ranks are dead (on an exception) or busy (in the background), so nothing here waits
+without a limit and nothing needs a process group. In ``.<name>.<save id>.partial/control/`` stand:
+
+- ``begun-NNNNN``: rank N takes part. It is removed when that rank gives up.
+- ``report-NNNNN.json``: what rank N has written, durably.
+- ``verdict.json``: made by a hard link, so that there is exactly one: rank 0's "publish" once all has been checked, or
+  the failure of whichever rank came first. All ranks raise that failure, with its text.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from kenotron.checkpoint.durable import make_directories, write_durably
+from kenotron.checkpoint.errors import CoverageError, RanksMissingError, SaveFailedError
+from kenotron.checkpoint.format import MANIFEST, unpublished, unpublished_name
+from kenotron.checkpoint.manifest import head
+
+_CONTROL = "control"
+_VERDICT = "verdict.json"
+_PUBLISH: dict[str, str] = {"publish": "yes"}
+_FAILURES = {error.__name__: error for error in (SaveFailedError, CoverageError, RanksMissingError)}
+_SHORTEST_PAUSE_S = 0.001
+_LONGEST_PAUSE_S = 0.1
+
+
+class Meeting:
+    """One rank's view of one save.
+
+    Args:
+        path: the final, absolute path.
+        save_id: names this save and no other.
+        rank, world_size: who takes part.
+        timeout_s: how long the whole save may take, from now on.
+    """
+
+    def __init__(self, path: Path, save_id: str, *, rank: int, world_size: int, timeout_s: float) -> None:
+        self.path = path
+        self.folder = unpublished(path, save_id)
+        self._control = self.folder / _CONTROL
+        self._save_id = save_id
+        self._rank = rank
+        self._world_size = world_size
+        self._timeout_s = timeout_s
+        self._start = time.monotonic()
+        self._has_reported = False
+
+    def begin(self) -> None:
+        """Make the unpublished directory and say that this rank takes part.
+
+        Raises:
+            ValueError: the save id was used before.
+            OSError: the directory cannot be made.
+        """
+        if self._published_by_rank_0():
+            raise ValueError(f"save_id={self._save_id!r} is published as {self.path}; use a new one for each save")
+        make_directories(self._control)
+        try:
+            (self._control / f"begun-{self._rank:05d}").touch(exist_ok=False)
+        except FileExistsError:
+            problem = f"save_id={self._save_id!r} was used before for {self.path}; use a new one for each save"
+            raise ValueError(problem) from None
+
+    def wait_for_start(self, within_s: float) -> None:
+        """Return when all ranks have begun; after ``within_s`` seconds ``RanksMissingError``, naming the others."""
+        self._wait(lambda: not self._missing("begun"), within_s, self._who_never_began)
+
+    def report(self, content: dict[str, Any]) -> None:
+        """Hand rank 0 what this rank has written."""
+        self._has_reported = True  # from here on rank 0 may publish, so that the files are no longer ours to remove
+        write_durably(self._control / f"report-{self._rank:05d}.json", json.dumps(content, allow_nan=False).encode())
+
+    def wait_for_reports(self) -> list[dict[str, Any]]:
+        """Return the reports of all ranks, in their order; ``RanksMissingError`` when the time is up."""
+        self._wait(lambda: not self._missing("report"), self._timeout_s, self._who_is_late)
+        return [json.loads(file.read_bytes()) for file in sorted(self._control.glob("report-*.json"))]
+
+    def decide_to_publish(self) -> None:
+        """Close the save to failures of other ranks; raise the one that came first, if one did."""
+        self._raise_failure(self._decide(_PUBLISH))
+
+    def wait_for_publication(self) -> None:
+        """Return when rank 0 has renamed the directory; raise the failure that any rank has told."""
+        self._wait(self._published_by_rank_0, self._timeout_s, self._who_is_late)
+
+    def withdraw(self, error: BaseException, own_files: Iterable[str]) -> SaveFailedError:
+        """End a save that ``error`` stopped: tell the others why, remove files, and return what all ranks raise.
+
+        A rank removes its own files, rank 0 those of all (some may be dead), the last one the directory. What cannot be
+        removed stays for the next save to this path to sweep, since the error matters more.
+        """
+        own = error if isinstance(error, SaveFailedError) else self._describe(error)
+        if self._published_by_rank_0():  # under the unpublished name may now stand the former checkpoint
+            return own
+        with contextlib.suppress(OSError):
+            if not self._has_reported:  # so rank 0 cannot be publishing them; and a full disk gets room for the verdict
+                self._discard(own_files)
+            verdict = self._decide(_failing(own))
+            if verdict == _PUBLISH:
+                if self._rank != 0:
+                    return own
+                verdict = _failing(own)  # the rename itself failed: only who decided can take it back
+                write_durably(self._control / _VERDICT, json.dumps(verdict).encode())
+            self._discard(own_files)
+            for name in (f"report-{self._rank:05d}.json", f"begun-{self._rank:05d}"):
+                (self._control / name).unlink(missing_ok=True)
+            if not self._present("begun"):
+                shutil.rmtree(self.folder)
+            return _failure(verdict)
+        return own
+
+    def sweep(self) -> None:
+        """Remove what dead saves to the same path have left (on rank 0, before it begins)."""
+        if not self.path.parent.is_dir():
+            return
+        for leftover in self.path.parent.iterdir():
+            if unpublished_name(leftover.name) != self.path.name or leftover == self.folder:
+                continue
+            if leftover.suffix == ".replaced" and not os.path.lexists(self.path):
+                os.rename(leftover, self.path)  # a crash came between the two renames: see put_in_place
+            else:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+    def clear(self) -> None:
+        """Remove the control files from the published checkpoint."""
+        shutil.rmtree(self.path / _CONTROL, ignore_errors=True)
+
+    def _discard(self, own_files: Iterable[str]) -> None:
+        names = [path.name for path in self.folder.iterdir() if path.is_file()] if self._rank == 0 else own_files
+        for name in names:
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _describe(self, error: BaseException) -> SaveFailedError:
+        return SaveFailedError(f"saving {self.path} failed on rank {self._rank}: {type(error).__name__}: {error}")
+
+    def _wait(self, is_done: Callable[[], bool], within_s: float, who_is_missing: Callable[[], str]) -> None:
+        deadline, pause = self._start + within_s, _SHORTEST_PAUSE_S
+        is_extended = False
+        while not is_done():
+            verdict = self._read_verdict()
+            self._raise_failure(verdict)
+            if not self._control.is_dir() and not is_done():
+                raise SaveFailedError(
+                    f"the files of the save of {self.path} (save id {self._save_id}) are gone: "
+                    f"another save to the same path has begun, or they were removed"
+                )
+            if time.monotonic() >= deadline:
+                if verdict != _PUBLISH or is_extended:
+                    raise RanksMissingError(f"saving {self.path} was given up after {within_s:g} s: {who_is_missing()}")
+                deadline, is_extended = deadline + within_s, True  # all is written and checked: a rename is left
+            time.sleep(pause)
+            pause = min(2 * pause, _LONGEST_PAUSE_S)
+
+    def _who_never_began(self) -> str:
+        return f"ranks {self._missing('begun')} never began (do all ranks see {self.path.parent}?)"
+
+    def _who_is_late(self) -> str:
+        absent = self._missing("begun")
+        unfinished = [rank for rank in self._missing("report") if rank not in absent]
+        reasons = [f"ranks {unfinished} began and did not finish"] if unfinished else []
+        reasons += [self._who_never_began()] if absent else []
+        return " and ".join(reasons) or "rank 0 had all reports and did not publish"
+
+    def _missing(self, kind: str) -> list[int]:
+        present = self._present(kind)
+        return [rank for rank in range(self._world_size) if rank not in present]
+
+    def _present(self, kind: str) -> set[int]:
+        with contextlib.suppress(FileNotFoundError):
+            names = [name.removesuffix(".json") for name in os.listdir(self._control) if name.startswith(kind + "-")]
+            return {int(name.removeprefix(kind + "-")) for name in names if not name.endswith(".tmp")}
+        return set()
+
+    def _published_by_rank_0(self) -> bool:
+        start = head(self._save_id)
+        try:
+            with open(self.path / MANIFEST, "rb") as file:
+                return file.read(len(start)) == start
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+
+    def _decide(self, verdict: dict[str, str]) -> dict[str, str]:
+        """Make ``verdict`` the one of this save, or return the one that came before it. May raise ``OSError``."""
+        draft = self._control / f"verdict-{self._rank:05d}.json"
+        draft.write_text(json.dumps(verdict))
+        try:
+            os.link(draft, self._control / _VERDICT)  # fails where it exists, and is never seen half written
+        except FileExistsError:
+            return self._read_verdict() or verdict
+        finally:
+            draft.unlink()
+        return verdict
+
+    def _read_verdict(self) -> dict[str, str] | None:
+        try:
+            verdict: dict[str, str] = json.loads((self._control / _VERDICT).read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        return verdict
+
+    @staticmethod
+    def _raise_failure(verdict: dict[str, str] | None) -> None:
+        if verdict is not None and verdict != _PUBLISH:
+            raise _failure(verdict)
+
+
+def _failing(error: SaveFailedError) -> dict[str, str]:
+    return {"publish": "no", "error": type(error).__name__, "message": str(error)}
+
+
+def _failure(verdict: dict[str, str]) -> SaveFailedError:
+    return _FAILURES[verdict["error"]](verdict["message"])

@@ -1,0 +1,288 @@
+"""Save a checkpoint: every rank writes what it owns, rank 0 checks the whole and publishes it with one rename.
+
+1. all ranks: say in the unpublished directory ``.<name>.<save id>.partial`` that they take part.
+2. all ranks: write ``shard-NNNNN-of-MMMMM.safetensors`` (reserved at full size first) and fsync it.
+3. all ranks: report what the shard holds, in a file.
+4. rank 0: when all have reported, check that every global tensor is covered exactly once; write ``manifest.json``;
+   fsync it and the directory; rename the directory to its final name; fsync the parent; remove what it replaced.
+5. other ranks: return once they see it published, or raise what went wrong, which is the same on all ranks.
+
+There is no collective in it: see ``meeting.py``. A failure or a crash at any point leaves the former checkpoint
+in place.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+import zlib
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from kenotron.checkpoint.boxes import Box, find_flaw
+from kenotron.checkpoint.durable import fsync_directory, put_in_place, write_durably
+from kenotron.checkpoint.errors import CoverageError
+from kenotron.checkpoint.format import (
+    DTYPE_NAMES,
+    MANIFEST,
+    RESERVED_PREFIXES,
+    SAVE_ID,
+    LocalTensor,
+    ShardEntry,
+    box_of,
+    dtype_name,
+    lay_out,
+    unpublished,
+    unpublished_name,
+)
+from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, check_file_size, is_checkpoint
+from kenotron.checkpoint.meeting import Meeting
+from kenotron.checkpoint.values import Attachments, encode
+from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
+
+
+def save(
+    path: str | os.PathLike[str],
+    tensors: Sequence[LocalTensor],
+    state: Mapping[str, Any],
+    *,
+    rank: int,
+    world_size: int,
+    save_id: str,
+    rank_state: Mapping[str, Any] | None = None,
+    allow_pickle: bool = False,
+    timeout_s: float = 600.0,
+    start_timeout_s: float | None = None,
+    writer: ShardWriter | None = None,
+) -> None:
+    """Write a checkpoint together with the other ranks; return when it is published and durable.
+
+    Args:
+        path: the checkpoint's directory, on a file system that all ranks share. A checkpoint that stands there is
+            replaced; anything else that stands there is left alone and the save refused. It must not be removed or
+            replaced before all ranks have returned.
+        tensors: what this rank holds. Of ranks that hold the same pieces, one writes them.
+        state: nested values that all ranks share; that of rank 0 is stored. See ``values.py`` for what it may hold.
+        rank_state: nested values of this rank alone, such as the state of its random number generators.
+        rank, world_size: who this is, and how many call.
+        save_id: the same on all ranks and never used before: up to 64 letters, digits, ``_`` and ``-``.
+        allow_pickle: store what JSON cannot hold as pickles; loading them then also takes ``allow_pickle=True``.
+        timeout_s: how long the whole save may take.
+        start_timeout_s: write nothing before all ranks have begun, and give up if they have not within so long. For
+            saves on a path where other ranks may be dead.
+        writer: how the shard's bytes reach the disk.
+
+    Raises:
+        ValueError: an argument that cannot be honoured, on the rank that got it.
+        SaveFailedError: anything else (no room, ranks missing, pieces that do not tile their tensor, a ``ValueError``
+            on another rank); the same type and text on all ranks.
+    """
+    final = Path(os.path.abspath(path))
+    _check_arguments(final, rank, world_size, save_id)
+    part = _Part(rank=rank, world_size=world_size, save_id=save_id)
+    meeting = Meeting(final, save_id, rank=rank, world_size=world_size, timeout_s=timeout_s)
+    try:
+        if rank == 0:
+            _check_replaceable(final)
+            meeting.sweep()
+        meeting.begin()
+        if start_timeout_s is not None:
+            meeting.wait_for_start(start_timeout_s)
+        _check_tensors(tensors, rank)
+        part.gather(tensors, state, rank_state, allow_pickle)
+        meeting.report(part.write(meeting.folder, writer or SyncShardWriter()))
+        if rank == 0:
+            _publish(meeting, save_id, world_size)
+        else:
+            meeting.wait_for_publication()
+            fsync_directory(final.parent)
+    except BaseException as error:
+        agreed = meeting.withdraw(error, part.files)
+        if isinstance(error, ValueError) or not isinstance(error, Exception) or str(error) == str(agreed):
+            raise
+        raise agreed from error
+
+
+class _Part:
+    """What one rank contributes: its shard, its pickles and the report about them."""
+
+    def __init__(self, *, rank: int, world_size: int, save_id: str) -> None:
+        self._rank = rank
+        self._metadata = {"format": "pt", "save_id": save_id}  # transformers insists on the first
+        self._shard = f"shard-{rank + 1:05d}-of-{world_size:05d}.safetensors"
+        self._entries: list[ShardEntry] = []
+        self._pickles: dict[str, bytes] = {}
+        self._report: dict[str, Any] = {"tensors": {}}
+
+    @property
+    def files(self) -> list[str]:
+        """The files that it writes."""
+        return [self._shard, *self._pickles]
+
+    def gather(
+        self,
+        tensors: Sequence[LocalTensor],
+        state: Mapping[str, Any],
+        rank_state: Mapping[str, Any] | None,
+        allow_pickle: bool,
+    ) -> None:
+        """Encode the state and collect all that this rank writes."""
+        extra: list[LocalTensor] = []
+        sources = [("rank_state", f"rank_state/{self._rank}/", f"pickle-{self._rank}-", rank_state)]
+        if self._rank == 0:
+            sources.append(("state", "state/", "pickle-", state))
+        for key, tensor_prefix, pickle_prefix, source in sources:
+            if source is None:
+                self._report[key] = None
+                continue
+            found = Attachments(tensor_prefix=tensor_prefix, pickle_prefix=pickle_prefix)
+            self._report[key] = encode(dict(source), found, allow_pickle=allow_pickle)
+            extra += [LocalTensor.whole(name, tensor, (self._rank,)) for name, tensor in found.tensors.items()]
+            self._pickles |= found.pickles
+        for tensor in (*tensors, *extra):
+            self._report["tensors"][tensor.name] = {
+                "dtype": dtype_name(tensor.tensor.dtype, tensor.name),
+                "shape": list(tensor.global_shape),
+                "pieces": [],
+            }
+            # A rule that every rank can follow alone; which of its holders is the least loaded none of them knows.
+            owners = sorted(tensor.owners)
+            if owners[zlib.crc32(tensor.name.encode()) % len(owners)] == self._rank:
+                self._entries += _entries_of(tensor)
+
+    def write(self, folder: Path, writer: ShardWriter) -> dict[str, Any]:
+        """Write the files durably and return the report."""
+        layout = lay_out(self._entries, self._metadata)
+        checksums = writer.write(folder / self._shard, layout.header, layout.buffers(), num_bytes=layout.num_bytes)
+        for entry, (begin, end), crcs in zip(layout.entries, layout.ranges, checksums, strict=True):
+            piece = StoredPiece(
+                file=self._shard,
+                begin=begin,
+                end=end,
+                offset=entry.offset,
+                shape=tuple(entry.data.shape),
+                crc32c=tuple(crcs),
+            )
+            self._report["tensors"][entry.name]["pieces"].append(piece.to_json())
+        for name, data in self._pickles.items():
+            write_durably(folder / name, data)
+        sizes = {name: len(data) for name, data in self._pickles.items()}
+        return self._report | {"files": {self._shard: layout.num_bytes} | sizes}
+
+
+def _entries_of(tensor: LocalTensor) -> list[ShardEntry]:
+    return [
+        ShardEntry(
+            name=tensor.name,
+            global_shape=tensor.global_shape,
+            offset=piece.offset,
+            data=box_of(tensor.tensor, Box(piece.local, piece.shape)),
+        )
+        for piece in tensor.pieces
+        if Box(piece.offset, piece.shape).volume
+    ]
+
+
+def _publish(meeting: Meeting, save_id: str, world_size: int) -> None:
+    """Check the reports of all ranks, write the manifest and give the directory its final name."""
+    reports = meeting.wait_for_reports()
+    manifest = Manifest(
+        path=meeting.path,
+        save_id=save_id,
+        world_size=world_size,
+        files={name: size for report in reports for name, size in report["files"].items()},
+        tensors=_merge(reports),
+        state=reports[0]["state"],
+        rank_states=tuple(report["rank_state"] for report in reports),
+    )
+    for name, size in manifest.files.items():
+        check_file_size(meeting.folder / name, size)
+    write_durably(meeting.folder / MANIFEST, manifest.to_bytes())
+    fsync_directory(meeting.folder)
+    _check_replaceable(meeting.path)
+    meeting.decide_to_publish()
+    former = put_in_place(meeting.folder, meeting.path, unpublished(meeting.path, save_id, "replaced"))
+    fsync_directory(meeting.path.parent)
+    meeting.clear()
+    if former is not None:
+        _remove(former)
+
+
+def _merge(reports: Sequence[Mapping[str, Any]]) -> dict[str, StoredTensor]:
+    """Return the global tensors that the ranks' pieces make up; ``CoverageError``, listing all, where they do not."""
+    told: defaultdict[str, list[tuple[int, StoredTensor]]] = defaultdict(list)
+    for rank, report in enumerate(reports):
+        for name, node in report["tensors"].items():
+            told[name].append((rank, StoredTensor.from_json(node)))
+    problems, merged = [], {}
+    for name, versions in told.items():
+        first_rank, first = versions[0]
+        for rank, other in versions[1:]:
+            if (other.dtype, other.shape) != (first.dtype, first.shape):
+                problems.append(f"{name}: rank {first_rank} has {_describe(first)} and rank {rank} {_describe(other)}")
+                break
+        else:
+            pieces = [(rank, piece) for rank, tensor in versions for piece in tensor.pieces]
+            problems += _coverage_problems(name, first.shape, pieces)
+            ordered = sorted((piece for _, piece in pieces), key=lambda piece: piece.offset)
+            merged[name] = StoredTensor(dtype=first.dtype, shape=first.shape, pieces=tuple(ordered))
+    if problems:
+        raise CoverageError("the ranks' pieces do not make up the tensors:\n" + "\n".join(problems))
+    return merged
+
+
+def _coverage_problems(name: str, shape: tuple[int, ...], pieces: Sequence[tuple[int, StoredPiece]]) -> Iterable[str]:
+    flaw = find_flaw([piece.box for _, piece in pieces], shape)
+    if flaw is not None:
+        index, _ = flaw
+        holders = [
+            rank
+            for rank, piece in pieces
+            if all(start <= at < start + size for at, start, size in zip(index, piece.offset, piece.shape, strict=True))
+        ]
+        by_whom = f"by the ranks {holders}" if holders else "by no rank; do its owners all pass it?"
+        yield f"{name}: of the shape {shape} the element {index} is stored {by_whom}"
+
+
+def _describe(tensor: StoredTensor) -> str:
+    return f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}"
+
+
+def _check_arguments(path: Path, rank: int, world_size: int, save_id: str) -> None:
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank={rank} must lie between 0 and world_size={world_size}, exclusive")
+    if not SAVE_ID.fullmatch(save_id):
+        raise ValueError(f"save_id={save_id!r} must be 1 to 64 letters, digits, '_' or '-'; uuid.uuid4().hex will do")
+    if unpublished_name(path.name):
+        raise ValueError(f"{path} is named like an unpublished checkpoint; choose another name")
+
+
+def _check_tensors(tensors: Sequence[LocalTensor], rank: int) -> None:
+    seen: set[str] = set()
+    for tensor in tensors:
+        if tensor.name in seen:
+            raise ValueError(f"two tensors are named {tensor.name!r}; give each its own name")
+        seen.add(tensor.name)
+        if tensor.name.startswith(RESERVED_PREFIXES):
+            raise ValueError(f"{tensor.name}: names may not begin with {' or '.join(RESERVED_PREFIXES)}; rename it")
+        if rank not in tensor.owners:
+            raise ValueError(f"{tensor.name}: rank {rank} passes it but is none of its owners {tensor.owners}; add it")
+
+
+def _check_replaceable(path: Path) -> None:
+    """Raise ``ValueError`` where something stands at ``path`` that a checkpoint must not replace."""
+    if not path.exists() or is_checkpoint(path) or (path.is_dir() and not any(path.iterdir())):
+        return
+    raise ValueError(f"{path} exists and is not a checkpoint; choose another path, or remove it first")
+
+
+def _remove(former: Path) -> None:
+    if former.is_symlink():
+        former.unlink()
+        return
+    shutil.rmtree(former, ignore_errors=True)
+    if former.exists():
+        warnings.warn(f"the replaced checkpoint {former} could not be removed; remove it by hand", stacklevel=4)

@@ -1,0 +1,338 @@
+"""The order in which parallelism is applied to a module. It is written here, once.
+
+cut (PP) → experts (EP) → tensor (TP/SP) → context (CP) → recompute → compile → shard (DP) → materialise → load
+
+Recompute and compile are the user's own calls on blocks, made before; experts and context have nothing to apply at size 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from kenotron.layout import ParallelLayout
+from kenotron.parallel import init, pipeline, stages, tensor
+from kenotron.parallel.cut import Cut
+from kenotron.parallel.data import FullySharded, GradientReducer, layers_to_shard
+from kenotron.parallel.grads import GradientNorm, OwedSums
+from kenotron.parallel.plan import ParallelPlan, find_plan, pipeline_hints
+from kenotron.parallel.shards import Shards, canonical, empty_parameter
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What is to be applied.
+
+    Args:
+        layout: resolved. plan: the user's, if any. blocks: the user's name of the block list, if any.
+        schedule, virtual_stages, sequence_parallel: as in ``KenotronStrategy``.
+        manual_optimization: updates happen inside the step.
+        device: of this rank. seed: for weights that are made here.
+    """
+
+    layout: ParallelLayout
+    device: torch.device
+    seed: int = 0
+    plan: ParallelPlan | None = None
+    blocks: str | None = None
+    schedule: str = "1f1b"
+    virtual_stages: int = 1
+    sequence_parallel: bool = False
+    manual_optimization: bool = False
+
+
+@dataclass(kw_only=True)
+class Parallelized:
+    """A module after everything was applied, and what a step needs to know of it.
+
+    Args:
+        root: the module. shards: what this rank holds of each parameter.
+        cut: the pipeline cut, if ``pp > 1``. sharded: FSDP2's part; reducer: that of plain replicas.
+        applied: the names of the steps taken, in order.
+    """
+
+    root: nn.Module
+    layout: ParallelLayout
+    shards: Shards
+    norm: GradientNorm
+    aliases: dict[str, str]
+    cut: Cut | None = None
+    sharded: FullySharded | None = None
+    reducer: GradientReducer | None = None
+    owed: OwedSums | None = None
+    applied: list[str] = field(default_factory=list)
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """Return this rank's parameters by canonical name (that of the whole module), without those of other stages."""
+        found: dict[str, nn.Parameter] = {}
+        for name, param in self.root.named_parameters(remove_duplicate=False):
+            name = canonical(name)
+            if name not in self.shards.absent:
+                found.setdefault(self.aliases.get(name, name), param)
+        return found
+
+    def enclose(self, call: Callable[[], Any]) -> Any:
+        """Run ``call()`` with the root's own parameters at hand."""
+        return call() if self.sharded is None else self.sharded.enclose(call)
+
+    def before_backward(self, *, last_microbatch: bool, sync: bool) -> None:
+        """Prepare the next backward pass (see ``FullySharded.before_backward``)."""
+        if self.sharded is not None:
+            self.sharded.before_backward(last_microbatch=last_microbatch, sync=sync)
+        if self.reducer is not None and last_microbatch and sync:
+            self.reducer.arm()
+
+    @contextlib.contextmanager
+    def kept_apart(self) -> Iterator[None]:
+        """Keep gradients of earlier backward passes out of the sums that this one owes.
+
+        For manual optimization, where every backward pass ends with `finish_gradients` and may add to what is there.
+        """
+        params = self.owed.members(self.named_parameters()) if self.owed else []
+        before = [param.grad for param in params]
+        for param in params:
+            param.grad = None
+        yield
+        for param, grad in zip(params, before, strict=True):
+            if grad is not None:
+                param.grad = grad if param.grad is None else param.grad + grad
+
+    def finish_gradients(self) -> None:
+        """After the last backward pass before an update: make every gradient that of the whole global batch."""
+        if self.reducer is not None:
+            self.reducer.finish()
+        if self.owed:
+            self.owed.pay(self.named_parameters())
+
+
+def parallelize(root: nn.Module, mesh: DeviceMesh | None, request: Request) -> Parallelized:
+    """Apply ``request`` to ``root`` in place.
+
+    Args:
+        mesh: of the layout; ``None`` for one process, where nothing is applied but the making of weights.
+
+    Raises:
+        ValueError: the module can't be cut as asked.
+    """
+    layout = request.layout
+    shards = Shards(tp=layout.tp)
+    aliases = _aliases(root)
+    done = Parallelized(root=root, layout=layout, shards=shards, norm=GradientNorm(layout, shards), aliases=aliases)
+    plan = find_plan(root, request.plan)
+    if mesh is not None:
+        init.broadcast_weights(root, request.device)
+        blocks = _blocks(root, plan, request)
+        pp_groups = _cut(done, mesh, plan, blocks, request)
+        kv_group = _tensor_parallel(done, mesh, plan, blocks, request)
+        _data_parallel(done, mesh, blocks, request)
+        done.owed = OwedSums(shards, mesh["tp"].get_group(), kv_group, pp_groups)
+    init.materialize(root, shards, aliases, request.seed, request.device)
+    done.applied.append("materialise")
+    _move(root, request.device)
+    return done
+
+
+def _blocks(root: nn.Module, plan: ParallelPlan | None, request: Request) -> str | None:
+    """Return the name of the block list where an axis needs it (and for ZeRO where it is known)."""
+    named = request.blocks or (plan.blocks if plan else None)
+    hints = pipeline_hints(root)
+    if request.layout.pp > 1 or request.sequence_parallel:
+        return stages.find_blocks(root, named, hints)
+    return stages.find_blocks(root, named, hints) if named or hints else None
+
+
+def _cut(
+    done: Parallelized, mesh: DeviceMesh, plan: ParallelPlan | None, blocks: str | None, request: Request
+) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """Pipeline: this rank keeps the parameters of its stages. Returns the groups that share a weight."""
+    layout, root = request.layout, done.root
+    if layout.pp == 1:
+        return {}
+    assert blocks is not None
+    units, num_stages = stages.find_units(root, blocks), layout.pp * request.virtual_stages
+    if plan is not None and plan.stages is not None:
+        if len(plan.stages) != num_stages:
+            raise ValueError(f"stages has {len(plan.stages)} entries for {num_stages} stages (pp × virtual_stages).")
+        names, owner = stages.stages_from_user(units, plan.stages)
+    else:
+        names, owner = units.names, stages.balance(units, num_stages)
+    pp_rank = mesh["pp"].get_local_rank()
+    local = pipeline.local_stages(request.schedule, layout.pp, request.virtual_stages, pp_rank)
+    done.cut = Cut(root, names, owner, blocks, local)
+    ranks = {stage: pipeline.rank_of_stage(request.schedule, layout.pp, stage) for stage in range(num_stages)}
+    _find_holders(done, ranks)
+    _drop_other_stages(done, local)
+    done.applied.append("cut")
+    return _groups_of_holders(done.shards, mesh)
+
+
+def _find_holders(done: Parallelized, rank_of_stage: dict[int, int]) -> None:
+    """Note which pipeline ranks use a weight that lies on several stages, or on none in particular."""
+    assert done.cut is not None
+    users: dict[str, set[int]] = {}
+    for name, _ in done.root.named_parameters(remove_duplicate=False):
+        name = canonical(name)
+        stage = done.cut.stage_of(name)
+        ranks = set(rank_of_stage.values()) if stage is None else {rank_of_stage[stage]}
+        users.setdefault(done.aliases.get(name, name), set()).update(ranks)
+    done.shards.holders = {name: tuple(sorted(ranks)) for name, ranks in users.items() if len(ranks) > 1}
+
+
+def _drop_other_stages(done: Parallelized, local: Sequence[int]) -> None:
+    assert done.cut is not None
+    for prefix, module in done.root.named_modules():
+        for key, param in list(module._parameters.items()):
+            name = canonical(f"{prefix}.{key}" if prefix else key)
+            stage = done.cut.stage_of(name)
+            if param is not None and stage is not None and stage not in local:
+                module._parameters[key] = empty_parameter(param)
+                done.shards.absent.add(name)
+
+
+def _groups_of_holders(shards: Shards, mesh: DeviceMesh) -> dict[tuple[int, ...], dist.ProcessGroup]:
+    """Make a group for every set of pipeline ranks that share a weight; all ranks make all groups, in one order."""
+    groups: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    columns = mesh.mesh.reshape(mesh["pp"].size(), -1)
+    mine = mesh.get_rank()
+    for holders in sorted(set(shards.holders.values())):
+        for column in range(columns.shape[1]):
+            ranks = [int(columns[pp, column]) for pp in holders]
+            group = dist.new_group(ranks)
+            if mine in ranks:
+                groups[holders] = group
+    return groups
+
+
+def _tensor_parallel(
+    done: Parallelized, mesh: DeviceMesh, plan: ParallelPlan | None, blocks: str | None, request: Request
+) -> dist.ProcessGroup | None:
+    """Tensor and sequence parallelism. Returns the group of tp ranks that share this rank's KV heads."""
+    tp_size, root = request.layout.tp, done.root
+    if tp_size == 1:
+        return None
+    if plan is None or not plan.tensor:
+        raise ValueError(
+            f"tp={tp_size}, but no plan says what becomes of {type(root).__name__}'s modules. transformers models bring one "
+            "(base_model_tp_plan). For others write it, e.g. plan={'model.layers.*.attn.qkv': 'colwise', "
+            "'model.layers.*.attn.out': 'rowwise', 'model.layers.*.mlp.up': 'colwise', 'model.layers.*.mlp.down': 'rowwise'}, "
+            "or set tp=1 and more dp."
+        )
+    styles = {name: style for name, style in plan.resolve(root).items() if not _is_absent(done, name)}
+    group = mesh["tp"].get_group()
+    tp = tensor.TensorParallel(group=group, rank=mesh["tp"].get_local_rank(), size=tp_size, shards=done.shards)
+    regions: dict[str, tensor.SequenceRegions] = {}
+    runs: list[list[str]] = []
+    if request.sequence_parallel:
+        assert blocks is not None
+        names = [f"{blocks}.{key}" for key, _ in root.get_submodule(blocks).named_children()]
+        runs = [done.cut.blocks_of(stage) for stage in done.cut.local_stages] if done.cut else [names]
+        regions = {name: tensor.sequence_regions(root.get_submodule(name), name, styles) for run in runs for name in run}
+    tp.apply(root, styles, itertools.chain.from_iterable(found.split for found in regions.values()))
+    tensor.apply_sequence_parallel(root, regions, runs, tp)
+    done.shards.use_canonical_names(done.aliases)
+    done.applied.append("tensor")
+    return _group_of_shared_heads(done.shards, mesh)
+
+
+def _is_absent(done: Parallelized, name: str) -> bool:
+    stage = done.cut.stage_of(canonical(name)) if done.cut else None
+    return stage is not None and done.cut is not None and stage not in done.cut.local_stages
+
+
+def _group_of_shared_heads(shards: Shards, mesh: DeviceMesh) -> dist.ProcessGroup | None:
+    """Make the groups of tp ranks that hold the same KV heads; every stage of a model shares them alike."""
+    sizes: list[Any] = [None] * dist.get_world_size()
+    mine_size = max((len(shards.by_name[name].replicas) for name in shards.shared_kv), default=1)
+    dist.all_gather_object(sizes, mine_size)
+    sharing = max(sizes)
+    if sharing == 1:
+        return None
+    mine, found = mesh.get_rank(), None
+    for ranks in mesh.mesh.reshape(-1, sharing).tolist():
+        group = dist.new_group(ranks)
+        if mine in ranks:
+            found = group
+    return found
+
+
+def _data_parallel(done: Parallelized, mesh: DeviceMesh, blocks: str | None, request: Request) -> None:
+    layout, root = request.layout, done.root
+    replicas = layout.dp_size * layout.cp
+    if replicas == 1:
+        return
+    group = mesh["dp_replicate", "dp_shard", "cp"]._flatten("dp_cp").get_group()
+    stage = layout.zero_stage if layout.dp_shard * layout.cp > 1 else 0
+    mine = [p for p in root.parameters() if p.numel()]
+    if stage == 0:
+        done.reducer = GradientReducer(mine, group)
+    else:
+        # FSDP2 can't shard scalars; empty ones belong to other stages.
+        scalars = [p for p in mine if p.ndim == 0]
+        ignored = {p for p in root.parameters() if p.numel() == 0} | set(scalars)
+        shard = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+        fsdp_mesh = _with_replicas(mesh, shard) if layout.dp_replicate > 1 else shard
+        layers = [m for m in layers_to_shard(root, blocks, request.manual_optimization)]
+        loose = [name for name, p in root.named_parameters(recurse=False) if p not in ignored]
+        if request.manual_optimization and loose:
+            raise ValueError(
+                f"zero_stage={stage} with manual optimization can't shard parameters of the LightningModule itself "
+                f"({', '.join(loose)}). Move them into a child module, or set zero_stage=0 (strategy='kenotron_ddp')."
+            )
+        tied = _tied_across(layers, root)
+        done.sharded = FullySharded(root, [layer for layer in layers if layer not in tied], fsdp_mesh, stage, ignored)
+        if scalars:
+            done.reducer = GradientReducer(scalars, group)
+    done.applied.append("shard")
+
+
+def _with_replicas(mesh: DeviceMesh, shard: DeviceMesh) -> DeviceMesh:
+    """Return the two-dimensional mesh of HSDP: (replicate, shard)."""
+    if mesh["cp"].size() == 1:
+        return mesh["dp_replicate", "dp_shard"]
+    raise ValueError("dp_replicate > 1 together with cp > 1 is not available yet. Set one of them to 1.")
+
+
+def _tied_across(layers: Sequence[nn.Module], root: nn.Module) -> list[nn.Module]:
+    """Return the layers that share a parameter with anything outside of them: they stay in the root's group."""
+    uses: dict[int, int] = {}
+    for module in root.modules():
+        for param in module._parameters.values():
+            if param is not None:
+                uses[id(param)] = uses.get(id(param), 0) + 1
+    tied = []
+    for layer in layers:
+        inside: dict[int, int] = {}
+        for module in layer.modules():
+            for param in module._parameters.values():
+                if param is not None:
+                    inside[id(param)] = inside.get(id(param), 0) + 1
+        if any(uses[key] != count for key, count in inside.items()):
+            tied.append(layer)
+    return tied
+
+
+def _move(root: nn.Module, device: torch.device) -> None:
+    """Move what is left elsewhere to the device; parameters of other stages stay empty."""
+    root.to(device)
+
+
+def _aliases(root: nn.Module) -> dict[str, str]:
+    """Return the canonical (first) name of every further name of a tied parameter."""
+    first: dict[int, str] = {}
+    aliases: dict[str, str] = {}
+    for name, param in root.named_parameters(remove_duplicate=False):
+        name = canonical(name)
+        if id(param) in first:
+            aliases[name] = first[id(param)]
+        else:
+            first[id(param)] = name
+    return aliases
+

@@ -1,0 +1,233 @@
+"""Cut a module into pipeline stages in place, so that the code around it runs unchanged on every stage.
+
+Every stage keeps the whole module tree: names, attributes and ``isinstance`` never change. What changes is what a *unit*
+(see ``stages``) does when it is called while a microbatch flies through stage ``k``:
+
+1. A unit of an earlier stage returns a placeholder of the hidden state's shape; the code between units runs on it.
+2. The last unit of stage ``k - 1`` returns the activation that was received from that stage.
+3. A unit of stage ``k`` runs. The output of the last one leaves the step: it is carried out by a ``StageExit``, so that the
+   rest of the step, the head and the loss run on the last stage alone.
+4. A unit of a later stage can't be reached.
+
+The cut is at the *output* of a unit, outside of ``__call__`` and so outside of every hook, compiled graph and
+recompute wrapper on it. While a recomputed block runs again in the backward pass no microbatch flies, and units just run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+
+
+class StageExit(BaseException):
+    """Carries the output of a stage's last unit out of the user's step. Not an ``Exception``: no user code swallows it."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__()
+        self.value = value
+
+
+@dataclass(frozen=True)
+class BoundaryMeta:
+    """What travels over one boundary: the structure of the unit's output, its tensors' shapes and dtypes, its constants."""
+
+    spec: TreeSpec
+    tensors: tuple[tuple[tuple[int, ...], torch.dtype], ...]
+    constants: tuple[tuple[int, Any], ...]
+
+    @staticmethod
+    def of(value: Any) -> BoundaryMeta:
+        leaves, spec = tree_flatten(value)
+        tensors = tuple((tuple(leaf.shape), leaf.dtype) for leaf in leaves if isinstance(leaf, Tensor))
+        constants = tuple((i, leaf) for i, leaf in enumerate(leaves) if not isinstance(leaf, Tensor))
+        if not tensors:
+            raise ValueError(
+                f"the last block of a pipeline stage returned no tensor, but {type(value).__name__}: nothing can travel to the "
+                "next stage. Let blocks return the hidden state."
+            )
+        return BoundaryMeta(spec, tensors, constants)
+
+    def tensors_of(self, value: Any) -> tuple[Tensor, ...]:
+        """Return the tensors of ``value`` in order, contiguous (they are sent as they are)."""
+        return tuple(leaf.contiguous() for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor))
+
+    def rebuild(self, tensors: Sequence[Tensor]) -> Any:
+        """Return the unit's output with ``tensors`` in it."""
+        constants, remaining = dict(self.constants), iter(tensors)
+        count = len(self.tensors) + len(constants)
+        return tree_unflatten([constants[i] if i in constants else next(remaining) for i in range(count)], self.spec)
+
+
+@dataclass(kw_only=True)
+class Flight:
+    """One microbatch in one stage.
+
+    Args:
+        stage: the stage that it flies through.
+        received: what the stage before sent, as its last unit returned it; ``None`` on the first stage.
+        on_enter: called once, before the first own unit runs (the random streams change there).
+        with_grad: whether gradients are recorded where the flight starts.
+    """
+
+    stage: int
+    received: Any = None
+    on_enter: Callable[[], None] | None = None
+    with_grad: bool = field(default_factory=torch.is_grad_enabled)
+    taken: bool = False
+    _placeholders: dict[bool, Any] = field(default_factory=dict)
+
+    def take(self) -> Any:
+        """Return the received activation, once."""
+        if self.taken:
+            raise ValueError(
+                "the step called the pipelined module twice. With pp > 1 a step calls it once per microbatch: "
+                "concatenate the inputs, or set pp=1."
+            )
+        self.taken = True
+        return self.received
+
+    def placeholder(self, name: str, *, like_block: bool) -> Any:
+        """Return what a unit of an earlier stage stands for: zeros of the hidden state's shape.
+
+        A block returns the structure that crossed the boundary, any other unit its first tensor.
+        """
+        if self.taken:
+            raise ValueError(
+                f"{name!r} is on an earlier pipeline stage, but the step calls it after the blocks of that stage: units must be "
+                "registered in the order in which they run. Register it after the blocks, or name the units of each stage "
+                "in their order with plan=ParallelPlan(stages=[[...], ...])."
+            )
+        if like_block not in self._placeholders:
+            leaves, spec = tree_flatten(self.received)
+            # New memory: code that changes a placeholder in place must not reach the received activation.
+            zeros = [torch.zeros_like(leaf, requires_grad=False) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            first = next(leaf for leaf in zeros if isinstance(leaf, Tensor))
+            self._placeholders[like_block] = tree_unflatten(zeros, spec) if like_block else first
+        return self._placeholders[like_block]
+
+    def enter(self) -> None:
+        if self.on_enter is not None:
+            self.on_enter()
+            self.on_enter = None
+
+
+class Cut:
+    """The units of a module, the stage of each, and the microbatch in flight.
+
+    Args:
+        root: the module that was cut; its units change class in place (to a subclass of the same name).
+        units: unit names in execution order. stages: the stage of each.
+        blocks: the name of the block list.
+        local_stages: the stages of this rank.
+    """
+
+    def __init__(
+        self, root: nn.Module, units: Sequence[str], stages: Sequence[int], blocks: str, local_stages: Sequence[int]
+    ) -> None:
+        self.root = root
+        self.units = tuple(units)
+        self.stages = tuple(stages)
+        self.blocks = blocks
+        self.local_stages = tuple(local_stages)
+        self.num_stages = max(stages) + 1
+        self.flight: Flight | None = None
+        for i, (name, stage) in enumerate(zip(self.units, self.stages, strict=True)):
+            ends_stage = i + 1 == len(self.units) or self.stages[i + 1] != stage
+            _make_unit(root.get_submodule(name), _UnitRole(self, name, stage, ends_stage))
+
+    def stage_of(self, name: str) -> int | None:
+        """Return the stage of a parameter or module called ``name``; ``None`` if it lies in no unit (every stage has it)."""
+        for unit, stage in zip(self.units, self.stages, strict=True):
+            if name == unit or name.startswith(unit + "."):
+                return stage
+        return None
+
+    def units_of(self, stage: int) -> list[str]:
+        return [name for name, s in zip(self.units, self.stages, strict=True) if s == stage]
+
+    def blocks_of(self, stage: int) -> list[str]:
+        return [name for name in self.units_of(stage) if name.startswith(self.blocks + ".")]
+
+    def fly(self, flight: Flight, step: Callable[[], Any]) -> tuple[bool, Any]:
+        """Run ``step`` with ``flight`` in the air.
+
+        Returns:
+            ``(True, output of the stage's last unit)`` where the step left at the boundary, ``(False, what step returned)``
+            where it ran to its end.
+        """
+        self.flight = flight
+        try:
+            result = step()
+        except StageExit as leaving:
+            return True, leaving.value
+        finally:
+            self.flight = None
+        if flight.stage < self.num_stages - 1 or (flight.stage > 0 and not flight.taken):
+            raise ValueError(
+                f"the step returned without running {self.blocks!r}. With pp > 1 every step must call the pipelined module "
+                "(on every rank): return None only after it, or set pp=1."
+            )
+        return False, result
+
+
+@dataclass(frozen=True)
+class _UnitRole:
+    cut: Cut
+    name: str
+    stage: int
+    ends_stage: bool
+
+    def call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        flight = self.cut.flight
+        if flight is None:
+            if self.stage in self.cut.local_stages:
+                return forward(*args, **kwargs)
+            raise RuntimeError(
+                f"{self.name!r} lives on pipeline stage {self.stage}; this rank has stage(s) "
+                f"{', '.join(map(str, self.cut.local_stages))}. Outside of training, validation, test and predict steps (or in "
+                "a recomputed segment of several blocks that spans two stages) only own units can be called."
+            )
+        if self.stage < flight.stage:
+            if self.ends_stage and self.stage == flight.stage - 1:
+                return flight.take()
+            return flight.placeholder(self.name, like_block=self.name.startswith(self.cut.blocks + "."))
+        if self.stage > flight.stage:
+            raise ValueError(
+                f"{self.name!r} is on pipeline stage {self.stage}, but the step calls it while stage {flight.stage} runs, before "
+                "the stage's last block: units must be registered in the order in which they run. Register it before the "
+                "blocks, or name the units of each stage in their order with plan=ParallelPlan(stages=[[...], ...])."
+            )
+        flight.enter()
+        output = forward(*args, **kwargs)
+        if self.ends_stage and flight.stage < self.cut.num_stages - 1 and self.cut.flight is flight:
+            if flight.with_grad and not torch.is_grad_enabled():
+                raise ValueError(
+                    f"{self.name!r} ends a pipeline stage and was called inside a reentrant activation checkpoint, which hides "
+                    "its gradient. Pass use_reentrant=False to torch.utils.checkpoint."
+                )
+            raise StageExit(output)
+        return output
+
+
+class _Unit:
+    """Mixed into the class of every unit: asks its role what a call means."""
+
+    _pipeline_role: _UnitRole
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._pipeline_role.call(super().__call__, args, kwargs)  # type: ignore[misc]
+
+
+def _make_unit(module: nn.Module, role: _UnitRole) -> None:
+    kind = type(module)
+    if issubclass(kind, _Unit):
+        raise ValueError(f"{role.name!r} appears twice among the units: a block can't be on two pipeline stages.")
+    # A subclass of the same name, as FSDP2 does it: isinstance, repr and super() keep their meaning, and __call__ (which
+    # Python looks up on the class) is ours, outside of every hook and of transformers' own checkpointing __call__.
+    module.__class__ = type(kind.__name__, (_Unit, kind), {"__module__": kind.__module__})
+    module.__dict__["_pipeline_role"] = role

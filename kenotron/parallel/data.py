@@ -1,0 +1,210 @@
+"""Data parallelism: replicas whose gradients are averaged (ZeRO 0), or FSDP2 (ZeRO 1 to 3)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+
+_BUCKET_BYTES = 25 * 2**20
+
+
+class GradientReducer:
+    """Averages gradients over the replicas while the backward pass still runs.
+
+    Parameters are put into flat buckets in reverse order of registration, which is about the order in which their gradients
+    appear. A bucket whose gradients are all there is reduced at once, asynchronously; buckets are reduced in one fixed order,
+    so that all ranks agree. After `finish` each gradient is a view into its bucket.
+
+    Args:
+        params: what is replicated; those without ``requires_grad`` are left out.
+        group: the replicas.
+    """
+
+    def __init__(self, params: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.size = dist.get_world_size(group)
+        self._buckets = [_Bucket(members) for members in _buckets([p for p in params if p.requires_grad])]
+        self._armed = False
+        self._launched = 0
+        for bucket in self._buckets:
+            for index, param in enumerate(bucket.params):
+                param.register_post_accumulate_grad_hook(lambda p, b=bucket, i=index: self._ready(b, i))
+
+    def arm(self) -> None:
+        """Let the backward pass that comes reduce; without it gradients only accumulate."""
+        self._armed = True
+
+    def _ready(self, bucket: _Bucket, index: int) -> None:
+        if not self._armed:
+            return
+        bucket.ready.add(index)
+        while self._launched < len(self._buckets) and self._buckets[self._launched].is_ready:
+            self._launch()
+
+    def _launch(self) -> None:
+        self._buckets[self._launched].launch(self.group, self.size)
+        self._launched += 1
+
+    def finish(self) -> None:
+        """Reduce what is left and wait for all of it."""
+        while self._launched < len(self._buckets):
+            self._launch()
+        for bucket in self._buckets:
+            bucket.collect()
+        self._armed, self._launched = False, 0
+
+
+class _Bucket:
+    """Parameters of one dtype and device whose gradients travel together, and a flag for each: does it have one?"""
+
+    def __init__(self, params: Sequence[nn.Parameter]) -> None:
+        self.params = list(params)
+        self.ready: set[int] = set()
+        self._buffer: Tensor | None = None
+        self._views: list[Tensor] = []
+        self._work: dist.Work | None = None
+
+    @property
+    def is_ready(self) -> bool:
+        return len(self.ready) == len(self.params)
+
+    def _allocate(self) -> Tensor:
+        if self._buffer is None:
+            first, numel = self.params[0], sum(p.numel() for p in self.params)
+            self._buffer = torch.zeros(numel + len(self.params), dtype=first.dtype, device=first.device)
+            parts = self._buffer[:numel].split([p.numel() for p in self.params])
+            self._views = [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
+        return self._buffer
+
+    @torch.no_grad()
+    def launch(self, group: dist.ProcessGroup, size: int) -> None:
+        buffer = self._allocate()
+        pairs = list(zip(self._views, self.params, strict=True))
+        fresh = [(view, p.grad) for view, p in pairs if p.grad is not None and p.grad.data_ptr() != view.data_ptr()]
+        if fresh:
+            torch._foreach_copy_([view for view, _ in fresh], [grad for _, grad in fresh])
+        for view, param in pairs:
+            if param.grad is None:
+                view.zero_()
+        flags = buffer[-len(self.params) :]
+        flags.fill_(1)
+        for index, param in enumerate(self.params):
+            if param.grad is None:
+                flags[index] = 0
+        buffer.div_(size)
+        self._work = dist.all_reduce(buffer, group=group, async_op=True)
+
+    @torch.no_grad()
+    def collect(self) -> None:
+        assert self._work is not None and self._buffer is not None
+        self._work.wait()
+        self._work = None
+        self.ready.clear()
+        flags = self._buffer[-len(self.params) :]
+        for index, (param, view) in enumerate(zip(self.params, self._views, strict=True)):
+            # A parameter that no replica used keeps no gradient; the flag is read only where this rank has none.
+            if param.grad is not None or flags[index] > 0:
+                param.grad = view
+
+
+def _buckets(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    buckets: list[list[nn.Parameter]] = []
+    open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[nn.Parameter], int]] = {}
+    for param in reversed(params):
+        kind = (param.dtype, param.device)
+        members, size = open_buckets.get(kind, ([], 0))
+        if not members or size >= _BUCKET_BYTES:
+            members, size = [], 0
+            buckets.append(members)
+        members.append(param)
+        open_buckets[kind] = (members, size + param.numel() * param.element_size())
+    return buckets
+
+
+class FullySharded:
+    """ZeRO 1 to 3 by torch's ``fully_shard``: one group per layer, one for all the rest at the root.
+
+    Args:
+        root: the module; parameters that no layer takes are gathered whenever `enclose` runs something.
+        layers: modules that are gathered one by one when they are called.
+        mesh: one dimension (shard) or two (replicate, shard).
+        zero_stage: 1, 2 or 3.
+        ignored: parameters which stay as they are.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        layers: Sequence[nn.Module],
+        mesh: DeviceMesh,
+        zero_stage: int,
+        ignored: set[nn.Parameter],
+    ) -> None:
+        self.zero_stage = zero_stage
+        options: dict[str, Any] = {"mesh": mesh, "ignored_params": ignored}
+        # Layers are kept whole between forward and backward except in stage 3.
+        for layer in layers:
+            fully_shard(layer, reshard_after_forward=zero_stage == 3, **options)
+        # A method of the root that FSDP2 treats as its forward: user code runs inside of it, whatever it is called.
+        root.__dict__["_kenotron_enclose"] = _call
+        fully_shard(root, reshard_after_forward=False, **options)
+        register_fsdp_forward_method(root, "_kenotron_enclose")
+        assert isinstance(root, FSDPModule)
+        self.root = root
+
+    def enclose(self, call: Any) -> Any:
+        """Run ``call()`` with the root's own parameters gathered."""
+        return self.root._kenotron_enclose(call)
+
+    def before_backward(self, *, last_microbatch: bool, sync: bool) -> None:
+        """Say what the next backward pass does.
+
+        Args:
+            last_microbatch: it is the last one of this step on this rank.
+            sync: the step ends with an update (it is not one of several that accumulate).
+        """
+        # Stage 1 reduces once per update; 2 and 3 reduce-scatter every microbatch and accumulate shards.
+        self.root.set_requires_gradient_sync((last_microbatch and sync) if self.zero_stage == 1 else True)
+        self.root.set_is_last_backward(last_microbatch)
+        self.root.set_reshard_after_backward(last_microbatch or self.zero_stage == 3)
+
+    def reshard(self) -> None:
+        """Free gathered parameters: after evaluation nothing else would, and an update would not reach them."""
+        for module in self.root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+
+def _call(call: Any) -> Any:
+    return call()
+
+
+def layers_to_shard(root: nn.Module, blocks: str | None, manual_optimization: bool) -> list[nn.Module]:
+    """Return the modules that are gathered on their own.
+
+    These are the blocks, or the layers of every list of like layers. With manual optimization each child of the root is
+    added: updates happen inside the step, so nothing may be gathered for as long as the step lasts.
+    """
+    names = [blocks] if blocks else [n for n, m in root.named_modules() if n and _is_list_of_layers(m)]
+    outermost = [n for n in names if not any(n.startswith(other + ".") for other in names)]
+    layers = [child for name in outermost for child in root.get_submodule(name).children()]
+    if manual_optimization:
+        layers += [child for child in root.children() if child not in layers and any(True for _ in child.parameters())]
+    return [layer for layer in layers if any(p.numel() for p in layer.parameters())]
+
+
+def _is_list_of_layers(module: nn.Module) -> bool:
+    """Like layers, each with children of its own; a leaf's weight may be used without calling the leaf."""
+    children = list(module.children())
+    return (
+        isinstance(module, nn.ModuleList | nn.Sequential)
+        and len(children) >= 2
+        and len({type(child) for child in children}) == 1
+        and all(any(True for _ in child.children()) and any(True for _ in child.parameters()) for child in children)
+    )

@@ -1,0 +1,161 @@
+"""Gradients over all axes: sums that are still owed before the update, and the one true norm."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from kenotron.layout import ParallelLayout
+from kenotron.parallel.shards import Shards
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the local part of a DTensor, any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def sum_gradients(params: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
+    """Sum the gradients of ``params`` over ``group`` in one collective per dtype; a missing one counts as zero."""
+    for param in params:
+        if param.grad is None:
+            param.grad = torch.zeros_like(param)
+    by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
+    for param in params:
+        assert param.grad is not None
+        by_dtype[param.grad.dtype].append(local(param.grad))
+    for grads in by_dtype.values():
+        if len(grads) == 1 and grads[0].is_contiguous():
+            dist.all_reduce(grads[0], group=group)
+            continue
+        flat = torch.cat([grad.reshape(-1) for grad in grads])
+        dist.all_reduce(flat, group=group)
+        parts = flat.split([grad.numel() for grad in grads])
+        torch._foreach_copy_(grads, [part.view(grad.shape) for part, grad in zip(parts, grads, strict=True)])
+
+
+class OwedSums:
+    """Gradients that are only this rank's share after the backward pass, and the groups over which they are summed.
+
+    Weights that work on slices of a sequence or on split heads (tp), KV heads that several tp ranks share, and weights
+    that several pipeline stages use (tied embeddings, loose parameters of the root).
+
+    Args:
+        shards: what this rank holds. tp_group: the tp axis.
+        kv_group: tp ranks that share this rank's KV heads; ``None`` where none are shared.
+        pp_groups: pipeline ranks (as in ``shards.holders``) -> their group.
+    """
+
+    def __init__(
+        self,
+        shards: Shards,
+        tp_group: dist.ProcessGroup,
+        kv_group: dist.ProcessGroup | None,
+        pp_groups: Mapping[tuple[int, ...], dist.ProcessGroup],
+    ) -> None:
+        self._by_group: list[tuple[set[str], dist.ProcessGroup]] = []
+        if shards.partial and shards.tp > 1:
+            self._by_group.append((shards.partial, tp_group))
+        if kv_group is not None and shards.shared_kv:
+            self._by_group.append((shards.shared_kv, kv_group))
+        for holders, group in pp_groups.items():
+            self._by_group.append(({name for name, who in shards.holders.items() if who == holders}, group))
+
+    def pay(self, params: Mapping[str, nn.Parameter]) -> None:
+        """Sum what is owed. All ranks call it with the same names trained."""
+        for names, group in self._by_group:
+            members = _trained(names, params)
+            if members:
+                sum_gradients(members, group)
+
+    def members(self, params: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+        """Return the parameters whose gradients `pay` sums."""
+        return _trained(set().union(*(names for names, _ in self._by_group)), params)
+
+    def __bool__(self) -> bool:
+        return bool(self._by_group)
+
+
+def _trained(names: set[str], params: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
+    found = (params[name] for name in sorted(names) if name in params)
+    return [param for param in found if param.requires_grad and param.numel()]
+
+
+class GradientNorm:
+    """The norm of the whole gradient, every element counted once, in one collective over all ranks.
+
+    Each rank sums what it holds, weighted by one over the number of ranks that hold the same elements.
+
+    Args:
+        layout: resolved layout. shards: what this rank holds.
+    """
+
+    def __init__(self, layout: ParallelLayout, shards: Shards) -> None:
+        self._layout = layout
+        self._shards = shards
+
+    def copies(self, name: str, param: Tensor) -> int:
+        """Return how many ranks hold the same elements of ``param`` as this one."""
+        layout, shards = self._layout, self._shards
+        dp = layout.dp_replicate if isinstance(param, DTensor) else layout.dp_size * layout.cp
+        return dp * len(shards.of(name, param).replicas) * len(shards.holders.get(name, (0,)))
+
+    @torch.no_grad()
+    def __call__(self, params: Mapping[str, nn.Parameter], norm_type: float = 2.0) -> Tensor:
+        """Return the norm of the gradients of ``params`` as a 0-dim float32 tensor, the same on all ranks.
+
+        Args:
+            params: name -> parameter; those without a gradient are skipped.
+        """
+        by_copies: dict[int, list[Tensor]] = defaultdict(list)
+        device = torch.device("cpu")
+        for name, param in params.items():
+            device = param.device
+            if param.grad is not None and param.numel():
+                by_copies[self.copies(name, param)].append(local(param.grad))
+        distributed = self._layout.world_size > 1
+        if math.isinf(norm_type):
+            largest = [g.abs().max().float() for grads in by_copies.values() for g in grads if g.numel()]
+            total = torch.stack(largest).max() if largest else torch.zeros((), device=device)
+            if distributed:
+                dist.all_reduce(total, op=dist.ReduceOp.MAX)
+            return total
+        total = torch.zeros((), device=device)
+        for copies, grads in by_copies.items():
+            norms: Any = torch._foreach_norm(grads, norm_type, dtype=torch.float32)
+            total = total + torch.stack(norms).pow(norm_type).sum() / copies
+        if distributed:
+            dist.all_reduce(total)
+        return total.pow(1.0 / norm_type)
+
+
+@torch.no_grad()
+def scale_gradients(params: Iterable[nn.Parameter], factor: Tensor | float) -> None:
+    """Multiply all gradients by ``factor`` in place."""
+    grads = [local(p.grad) for p in params if p.grad is not None]
+    by_kind: dict[tuple[torch.dtype, torch.device], list[Tensor]] = defaultdict(list)
+    for grad in grads:
+        by_kind[grad.dtype, grad.device].append(grad)
+    for (dtype, _), members in by_kind.items():
+        torch._foreach_mul_(members, factor.to(dtype) if isinstance(factor, Tensor) else factor)
+
+
+def clip_by_norm(params: Mapping[str, nn.Parameter], norm: Tensor, max_norm: float) -> None:
+    """Scale all gradients so that their norm is at most ``max_norm``; no host synchronisation."""
+    scale_gradients(params.values(), (max_norm / (norm + 1e-6)).clamp(max=1.0))
+
+
+@torch.no_grad()
+def clip_by_value(params: Iterable[nn.Parameter], limit: float) -> None:
+    """Clamp every gradient element to ``[-limit, limit]``: elementwise, so right on any layout."""
+    grads = [local(p.grad) for p in params if p.grad is not None]
+    if grads:
+        torch._foreach_clamp_min_(grads, -limit)
+        torch._foreach_clamp_max_(grads, limit)

@@ -1,0 +1,102 @@
+"""What this rank holds of each parameter: the one record that init, gradient norm and checkpoints read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, kw_only=True)
+class TensorShard:
+    """The part of a global tensor that one tensor-parallel rank holds: segments of one dimension, in order.
+
+    Args:
+        global_shape: shape of the whole tensor.
+        dim: the dimension that tensor parallelism cuts; ``None`` if every tp rank holds all of it.
+        segments: ``(start, length)`` along ``dim`` of what lies here; several for fused matrices (gate and up).
+        replicas: the tp ranks that hold the same segments (all of them for ``dim=None``; those of a shared KV head).
+    """
+
+    global_shape: tuple[int, ...]
+    dim: int | None = None
+    segments: tuple[tuple[int, int], ...] = ()
+    replicas: tuple[int, ...] = (0,)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the local part."""
+        if self.dim is None:
+            return self.global_shape
+        local = list(self.global_shape)
+        local[self.dim] = sum(length for _, length in self.segments)
+        return tuple(local)
+
+    def take(self, whole: Tensor) -> Tensor:
+        """Return the local part of ``whole`` (its own memory unless nothing is cut)."""
+        if self.dim is None:
+            return whole
+        dim = self.dim
+        return torch.cat([whole.narrow(dim, start, length) for start, length in self.segments], dim)
+
+
+@dataclass(kw_only=True)
+class Shards:
+    """What this rank holds of every parameter of a module.
+
+    Args:
+        tp: size of the tensor-parallel axis.
+        by_name: parameters that tensor parallelism cuts; all others are whole on every tp rank.
+        partial: parameters whose gradient is only this rank's share and is summed over tp before the step.
+        shared_kv: parameters whose gradient is summed over the ranks that share a KV head.
+        absent: parameters that belong to other pipeline stages; here they are empty.
+        initial_attributes: module name -> attributes that had other values before the cut (its initialiser sees those).
+        holders: pipeline ranks that hold a parameter which several stages use (tied embeddings, loose parameters).
+    """
+
+    tp: int = 1
+    by_name: dict[str, TensorShard] = field(default_factory=dict)
+    partial: set[str] = field(default_factory=set)
+    shared_kv: set[str] = field(default_factory=set)
+    absent: set[str] = field(default_factory=set)
+    holders: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    initial_attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def of(self, name: str, param: Tensor) -> TensorShard:
+        """Return the tp shard of a parameter; ``param`` gives the shape of those which are whole."""
+        if name in self.by_name:
+            return self.by_name[name]
+        return TensorShard(global_shape=tuple(param.shape), replicas=tuple(range(self.tp)))
+
+    def use_canonical_names(self, aliases: dict[str, str]) -> None:
+        """Name every record as the whole module does: without wrappers, and a tied weight by its first name."""
+
+        def name_of(name: str) -> str:
+            name = canonical(name)
+            return aliases.get(name, name)
+
+        self.by_name = {name_of(name): shard for name, shard in self.by_name.items()}
+        self.partial = {name_of(name) for name in self.partial}
+        self.shared_kv = {name_of(name) for name in self.shared_kv}
+
+
+def empty_parameter(param: nn.Parameter) -> nn.Parameter:
+    """Return a parameter without elements that stands for ``param`` where another stage owns it.
+
+    Same dtype, number of dimensions and ``requires_grad``: rules which group parameters by name or by ``ndim`` give the same
+    groups on every stage, and an optimizer never has an empty list.
+    """
+    shape = (0, *param.shape[1:]) if param.ndim else (0,)
+    return nn.Parameter(torch.empty(shape, dtype=param.dtype, device="cpu"), requires_grad=param.requires_grad)
+
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
+
+
+def canonical(name: str) -> str:
+    """Return a dotted name without the wrappers that compile and recompute put around modules."""
+    if "._" not in name and not name.startswith("_"):
+        return name
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

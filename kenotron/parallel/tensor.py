@@ -1,0 +1,414 @@
+"""Tensor and sequence parallelism of a module that knows nothing of it: plain local shards, collectives in hooks.
+
+Parameters become this rank's rows or columns; the module's own ``forward`` runs on them. Hooks at the entry and exit of each
+sharded linear do what is missing:
+
+=======================  ======================================  =============================================
+style                    before                                  after
+=======================  ======================================  =============================================
+colwise                  share the input (backward: sum)         nothing: the output stays split
+rowwise                  nothing: the input is split             sum, then add the bias once
+colwise_gather_output    share the input                         gather the output
+rowwise_split_input      cut the input                           sum, then add the bias once
+vocab_embedding          look up own rows                        zero what is not ours, sum
+vocab_head               share the input                         logits that know they are split (``vocab``)
+moe_tp_experts           share hidden states and routing weights sum
+=======================  ======================================  =============================================
+
+With sequence parallelism hidden states are cut along the sequence between a stage's first block and its last one. Norms work
+on slices (their gradients are summed over tp). Attention and MLP see whole sequences: where such a *region* consists of
+split linears alone, its entry gathers and its last linear reduce-scatters; any other region (a router inside of it, say) is
+entered by a gather and left by a cut, with plain tensor parallelism in between, which is right for any content.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kenotron.parallel.collectives import copy_to, gather_from, reduce_from, reduce_scatter_to, scatter_to
+from kenotron.parallel.shards import Shards, TensorShard
+from kenotron.parallel.vocab import VocabParallelLogits
+
+_SEQUENCE_DIM = 1
+
+
+@dataclass(kw_only=True)
+class TensorParallel:
+    """One rank's view of the tp axis while a module is being cut.
+
+    Args:
+        group: the tp group. rank, size: of this process in it.
+        shards: filled with what this rank holds of each parameter.
+    """
+
+    group: dist.ProcessGroup
+    rank: int
+    size: int
+    shards: Shards
+    _shared: _SharedInput = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._shared = _SharedInput(self.group)
+
+    def apply(self, root: nn.Module, styles: dict[str, str], sequence_regions: Iterable[str] = ()) -> None:
+        """Cut every module of ``root`` that ``styles`` names (see ``plan.STYLES``).
+
+        Args:
+            sequence_regions: modules whose linears gather and reduce-scatter along the sequence by themselves.
+
+        Raises:
+            ValueError: a size that tp does not divide, a style that does not fit its module.
+        """
+        regions = tuple(region + "." for region in sequence_regions)
+        for name, style in styles.items():
+            parent_name, _, last = name.rpartition(".")
+            parent = root.get_submodule(parent_name)
+            target = getattr(parent, last)
+            if isinstance(target, nn.Parameter):
+                self._cut_expert_parameter(root, parent, last, name, style)
+            else:
+                self._cut_module(root, target, name, style, parent, in_sequence_region=name.startswith(regions))
+
+    # ------------------------------------------------------------------------------------------------------ by style
+
+    def _cut_module(
+        self, root: nn.Module, module: nn.Module, name: str, style: str, parent: nn.Module, *, in_sequence_region: bool
+    ) -> None:
+        if style == "replicated_with_grad_allreduce":
+            self.shards.partial.update(f"{name}.{p}" for p, _ in module.named_parameters())
+        elif style == "moe_tp_experts":
+            self._enter_experts(module)
+        elif style == "mla_kv_a_proj":
+            self._share_rotary_part(root, module, name)
+        elif style == "vocab_embedding":
+            self._cut_embedding(root, module, name)
+        else:
+            self._cut_linear(root, module, name, style, parent, in_sequence_region)
+
+    def _cut_linear(
+        self, root: nn.Module, module: nn.Module, name: str, style: str, parent: nn.Module, in_sequence_region: bool
+    ) -> None:
+        if not isinstance(module, nn.Linear):
+            raise ValueError(
+                f"plan[{name!r}] = {style!r} applies to nn.Linear, but the module is a {type(module).__name__}. "
+                "Leave it out of the plan (it is then kept whole on every tp rank), or use an nn.Linear."
+            )
+        by_rows = style in ("colwise", "colwise_gather_output", "packed_colwise", "vocab_head")
+        if by_rows:
+            segments, replicas = self._rows(module, name, style, parent)
+            for key in ("weight", "bias"):
+                self._cut_parameter(root, module, key, name, 0, segments, replicas)
+            if not in_sequence_region:
+                module.register_forward_pre_hook(lambda m, args: (self._shared.share(args[0]), *args[1:]))
+            if style == "colwise_gather_output":
+                module.register_forward_hook(lambda m, args, out: gather_from(out, -1, self.group, grad="slice"))
+            if style == "vocab_head":
+                module.register_forward_hook(lambda m, args, out: VocabParallelLogits(out, self.group))
+        else:
+            packs = 2 if style == "packed_rowwise" else 1
+            segments = self._even(module.in_features, packs, f"{name}.in_features")
+            self._cut_parameter(root, module, "weight", name, 1, segments, (self.rank,))
+            if style == "rowwise_split_input":
+                module.register_forward_pre_hook(lambda m, args: (scatter_to(args[0], -1, self.group), *args[1:]))
+            self._sum_output(module, name, in_sequence_region)
+
+    def _sum_output(self, module: nn.Linear, name: str, in_sequence_region: bool) -> None:
+        """Sum a row-wise linear's output over tp; its bias is added once, after the sum."""
+
+        def total(x: Tensor) -> Tensor:
+            self._shared.forget()
+            if in_sequence_region:
+                return reduce_scatter_to(x, _SEQUENCE_DIM, self.group)
+            return reduce_from(x, self.group)
+
+        if module.bias is None:
+            module.register_forward_hook(lambda m, args, out: total(out))
+            return
+        if in_sequence_region:  # added to slices of the sequence
+            self.shards.partial.add(f"{name}.bias")
+        module.forward = lambda x: (out := total(F.linear(x, module.weight))) + module.bias.to(out.dtype)  # type: ignore[assignment]
+
+    def _rows(
+        self, module: nn.Linear, name: str, style: str, parent: nn.Module
+    ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+        """Return the rows of a column-wise linear that lie here, and the tp ranks which hold the same ones."""
+        head_dim = getattr(parent, "head_dim", None)
+        if style == "colwise" and isinstance(head_dim, int) and module.out_features % head_dim == 0:
+            return self._heads(module, name, parent, head_dim)
+        packs = 2 if style == "packed_colwise" else 1
+        what = "vocabulary" if style == "vocab_head" else f"{name}.out_features"
+        return self._even(module.out_features, packs, what), (self.rank,)
+
+    def _heads(
+        self, module: nn.Linear, name: str, attention: nn.Module, head_dim: int
+    ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
+        """Split a projection at the borders of its heads; fewer KV heads than ranks are shared by neighbours."""
+        heads = module.out_features // head_dim
+        is_kv = hasattr(attention, "num_key_value_groups") and name.rpartition(".")[2] in ("k_proj", "v_proj")
+        if heads % self.size == 0:
+            return self._even(module.out_features, 1, name), (self.rank,)
+        if not is_kv:
+            raise ValueError(
+                f"{name} has {heads} heads, which tp={self.size} does not divide. Set tp to one of {_divisors(heads)}."
+            )
+        if self.size % heads:
+            raise ValueError(
+                f"{name} has {heads} KV heads: tp={self.size} neither divides them nor is a multiple of them, so they can't be "
+                f"shared evenly. Set tp to one of {_divisors(heads)}, or to a multiple of {heads} that divides the query heads."
+            )
+        sharing = self.size // heads
+        head = self.rank // sharing
+        if name.endswith("k_proj"):  # once for the pair: each rank now has one KV head for all of its query heads
+            queries = attention.num_key_value_groups * heads
+            attention.num_key_value_groups = queries // self.size
+        for key, param in module.named_parameters():
+            if param is not None:
+                self.shards.shared_kv.add(f"{name}.{key}")
+        return ((head * head_dim, head_dim),), tuple(range(head * sharing, (head + 1) * sharing))
+
+    def _cut_expert_parameter(self, root: nn.Module, experts: nn.Module, key: str, name: str, style: str) -> None:
+        """Cut the 3-D weight of an experts module, ``[experts, out, in]`` (or transposed, as the module says)."""
+        if any(p.ndim < 3 for p in experts.parameters(recurse=False)):
+            raise ValueError(
+                f"{name}: experts with biases can't be tensor-parallel yet. Leave the experts out of the plan, or set tp=1."
+            )
+        param = experts.get_parameter(key)
+        transposed = bool(getattr(experts, "is_transposed", False))
+        out_dim, in_dim = (2, 1) if transposed else (1, 2)
+        dim = out_dim if style in ("colwise", "packed_colwise") else in_dim
+        packs = 2 if style.startswith("packed") else 1
+        segments = self._even(param.shape[dim], packs, f"{name}.shape[{dim}]")
+        self._cut_parameter(root, experts, key, name.rpartition(".")[0], dim, segments, (self.rank,))
+
+    def _enter_experts(self, experts: nn.Module) -> None:
+        def share(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+            # transformers' experts: (hidden_states, top_k_index, top_k_weights); each rank sees part of every expert.
+            def enter(x: Any) -> Any:
+                return copy_to(x, self.group) if isinstance(x, Tensor) and x.is_floating_point() else x
+
+            return tuple(enter(x) for x in args), {key: enter(x) for key, x in kwargs.items()}
+
+        experts.register_forward_pre_hook(share, with_kwargs=True)
+        experts.register_forward_hook(lambda m, args, out: reduce_from(out, self.group))
+
+    def _share_rotary_part(self, root: nn.Module, module: nn.Module, name: str) -> None:
+        """MLA: the rotary part of the compressed key goes straight to the split heads, so its gradient is a share."""
+        configs = (getattr(root.get_submodule(name[:i]), "config", None) for i in range(len(name)) if i == 0 or name[i] == ".")
+        rope_dim = next((c.qk_rope_head_dim for c in configs if hasattr(c, "qk_rope_head_dim")), None)
+        if rope_dim is None:
+            raise ValueError(f"plan[{name!r}] = 'mla_kv_a_proj' needs a model config with qk_rope_head_dim.")
+
+        def split(m: nn.Module, args: Any, out: Tensor) -> Tensor:
+            compressed, rotary = out.split([out.shape[-1] - rope_dim, rope_dim], dim=-1)
+            return torch.cat([compressed, copy_to(rotary, self.group)], dim=-1)
+
+        module.register_forward_hook(split)
+
+    def _cut_embedding(self, root: nn.Module, module: nn.Module, name: str) -> None:
+        if not isinstance(module, nn.Embedding):
+            raise ValueError(f"plan[{name!r}] = 'vocab_embedding' applies to nn.Embedding, not to {type(module).__name__}.")
+        if module.max_norm is not None:
+            raise ValueError(f"{name} has max_norm={module.max_norm}, which a vocabulary-parallel embedding can't apply.")
+        segments = self._even(module.num_embeddings, 1, "vocabulary")
+        self._cut_parameter(root, module, "weight", name, 0, segments, (self.rank,))
+        (start, length) = segments[0]
+        if module.padding_idx is not None:
+            self.shards.initial_attributes[name] = {"padding_idx": module.padding_idx}
+            own = start <= module.padding_idx < start + length
+            module.padding_idx = module.padding_idx - start if own else None
+        # (the mask of the ids looked up last, for the hook after the look-up)
+        foreign: list[Tensor] = []
+
+        def look_up_own(m: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            ids = args[0] - start
+            foreign[:] = [(ids < 0) | (ids >= length)]
+            return (ids.masked_fill(foreign[0], 0), *args[1:])
+
+        def add_up(m: nn.Module, args: Any, out: Tensor) -> Tensor:
+            return reduce_from(out.masked_fill(foreign.pop().unsqueeze(-1), 0), self.group)
+
+        module.register_forward_pre_hook(look_up_own)
+        module.register_forward_hook(add_up)
+
+    # ------------------------------------------------------------------------------------------------------- helpers
+
+    def _even(self, size: int, packs: int, what: str) -> tuple[tuple[int, int], ...]:
+        """Return this rank's even share of ``size``, taken from each of ``packs`` equal parts."""
+        part = size // packs
+        if part % self.size:
+            raise ValueError(
+                f"{what} is {size}{f' ({packs} × {part})' if packs > 1 else ''}, which tp={self.size} does not divide. "
+                f"Set tp to one of {_divisors(part, limit=64)}, or pad it to a multiple of {math.lcm(self.size, 1) * packs}."
+            )
+        length = part // self.size
+        return tuple((pack * part + self.rank * length, length) for pack in range(packs))
+
+    def _cut_parameter(
+        self,
+        root: nn.Module,
+        module: nn.Module,
+        key: str,
+        name: str,
+        dim: int,
+        segments: tuple[tuple[int, int], ...],
+        replicas: tuple[int, ...],
+    ) -> None:
+        """Replace ``module.key`` by its local part, in every module that shares it (tied weights stay tied)."""
+        param = module._parameters.get(key)
+        if param is None:
+            return
+        full_name = f"{name}.{key}"
+        if full_name in self.shards.by_name:  # tied, and cut through its other name
+            if self.shards.by_name[full_name].segments != segments:
+                raise ValueError(f"{full_name} is tied to a weight that the plan cuts in another way. Give both the same cut.")
+            return
+        shard = TensorShard(global_shape=tuple(param.shape), dim=dim, segments=segments, replicas=replicas)
+        local = nn.Parameter(shard.take(param.detach()).clone(), requires_grad=param.requires_grad)
+        for alias, owner, owner_key in _holders(root, param):
+            owner._parameters[owner_key] = local
+            self.shards.by_name[alias] = shard
+
+
+class _SharedInput:
+    """Let linears that read the same tensor (q, k and v) share one entry, so that backward sums it once.
+
+    Holds one activation at most: the next row-wise linear lets it go.
+    """
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self._group = group
+        self._source: Tensor | None = None
+        self._shared: Tensor | None = None
+
+    def share(self, x: Tensor) -> Tensor:
+        if x is not self._source or self._shared is None:
+            self._source, self._shared = x, copy_to(x, self._group)
+        return self._shared
+
+    def forget(self) -> None:
+        self._source = self._shared = None
+
+
+def _holders(root: nn.Module, param: nn.Parameter) -> list[tuple[str, nn.Module, str]]:
+    """Return ``(full name, module, key)`` of every place that holds ``param``."""
+    return [
+        (f"{name}.{key}" if name else key, module, key)
+        for name, module in root.named_modules()
+        for key, held in module._parameters.items()
+        if held is param
+    ]
+
+
+def _divisors(number: int, limit: int = 64) -> list[int]:
+    return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
+
+
+# ------------------------------------------------------------------------------------------------------ sequence parallel
+
+
+@dataclass(frozen=True, kw_only=True)
+class SequenceRegions:
+    """How sequence parallelism goes through one block.
+
+    Args:
+        split: regions of split linears alone: they gather at their entry and reduce-scatter at their exit.
+        whole: other regions: gathered at the entry, cut at the exit.
+        slices: modules that work on slices.
+    """
+
+    split: tuple[str, ...]
+    whole: tuple[str, ...]
+    slices: tuple[str, ...]
+
+
+_WORKS_ON_SLICES = (nn.Dropout, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.ReLU, nn.SiLU)
+
+
+def sequence_regions(block: nn.Module, name: str, styles: dict[str, str]) -> SequenceRegions:
+    """Sort the children of a block (called ``name`` from the root) by what they need of the sequence."""
+    split, whole, slices = [], [], []
+    for child_name, child in block.named_children():
+        full = f"{name}.{child_name}"
+        if isinstance(child, _WORKS_ON_SLICES) or type(child).__name__.endswith("Norm"):
+            slices.append(full)
+        elif _only_split_linears(child, full, styles):
+            split.append(full)
+        else:
+            whole.append(full)
+    return SequenceRegions(split=tuple(split), whole=tuple(whole), slices=tuple(slices))
+
+
+def _only_split_linears(module: nn.Module, name: str, styles: dict[str, str]) -> bool:
+    found = []
+    for sub_name, sub in module.named_modules(prefix=name):
+        if any(True for _ in sub.parameters(recurse=False)):
+            found.append(styles.get(sub_name))
+    allowed = {"colwise", "rowwise", "packed_colwise", "packed_rowwise", "replicated_with_grad_allreduce"}
+    return "rowwise" in found and set(found) <= allowed
+
+
+def apply_sequence_parallel(
+    root: nn.Module, regions: dict[str, SequenceRegions], groups_of_blocks: Iterable[list[str]], tp: TensorParallel
+) -> None:
+    """Let hidden states be cut along the sequence from the first to the last block of each run of blocks.
+
+    Args:
+        regions: block name -> its regions. groups_of_blocks: runs of blocks, one per stage.
+    """
+    for blocks in groups_of_blocks:
+        first, last = root.get_submodule(blocks[0]), root.get_submodule(blocks[-1])
+        first.register_forward_pre_hook(_on_input(lambda x: scatter_to(x, _SEQUENCE_DIM, tp.group)), with_kwargs=True)
+        last.register_forward_hook(_on_output(lambda x: gather_from(x, _SEQUENCE_DIM, tp.group, grad="slice")))
+        for block_name in blocks:
+            block, found = root.get_submodule(block_name), regions[block_name]
+            for name in found.split:
+                gather = _on_input(lambda x: gather_from(x, _SEQUENCE_DIM, tp.group, grad="reduce_scatter"))
+                root.get_submodule(name).register_forward_pre_hook(gather, with_kwargs=True)
+            for name in found.whole:
+                region = root.get_submodule(name)
+                gather = _on_input(lambda x: gather_from(x, _SEQUENCE_DIM, tp.group, grad="slice"))
+                region.register_forward_pre_hook(gather, with_kwargs=True)
+                region.register_forward_hook(_on_output(lambda x: scatter_to(x, _SEQUENCE_DIM, tp.group)))
+            for name in found.slices:
+                tp.shards.partial.update(f"{name}.{key}" for key, _ in root.get_submodule(name).named_parameters())
+            tp.shards.partial.update(f"{block_name}.{key}" for key, _ in block.named_parameters(recurse=False))
+
+
+def _on_input(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """Return a pre-hook that changes the hidden state: the first positional argument, or ``hidden_states``."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if args and isinstance(args[0], Tensor):
+            return (change(args[0]), *args[1:]), kwargs
+        if isinstance(kwargs.get("hidden_states"), Tensor):
+            return args, {**kwargs, "hidden_states": change(kwargs["hidden_states"])}
+        raise ValueError(
+            f"sequence_parallel=True: {type(module).__name__} gets its hidden state neither as first argument nor as "
+            "hidden_states=. Set sequence_parallel=False."
+        )
+
+    return hook
+
+
+def _on_output(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """Return a hook that changes the hidden state in an output: the tensor itself, or the first of a tuple."""
+
+    def hook(module: nn.Module, args: Any, output: Any) -> Any:
+        if isinstance(output, Tensor):
+            return change(output)
+        if isinstance(output, tuple) and isinstance(output[0], Tensor):
+            return (change(output[0]), *output[1:])
+        raise ValueError(
+            f"sequence_parallel=True: {type(module).__name__} returns {type(output).__name__}, not a hidden state or a tuple "
+            "that begins with one. Set sequence_parallel=False."
+        )
+
+    return hook

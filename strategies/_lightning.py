@@ -1,0 +1,119 @@
+"""Every private Lightning name, and nowhere else. ``tests/strategies/test_lightning_seam.py`` holds each of them.
+
+Lightning comes as two packages with two class trees (``lightning.pytorch`` and ``pytorch_lightning``). `Names` finds the same
+things in either.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
+
+
+class Names:
+    """Lightning's names in one of its packages.
+
+    Args:
+        package: ``"lightning.pytorch"`` or ``"pytorch_lightning"``.
+    """
+
+    def __init__(self, package: str) -> None:
+        self.package = package
+        fabric = FABRIC[package]
+
+        def load(module: str, name: str) -> Any:
+            return getattr(importlib.import_module(module), name)
+
+        self.ParallelStrategy: Any = load(f"{package}.strategies", "ParallelStrategy")
+        self.StrategyRegistry: Any = load(f"{package}.strategies", "StrategyRegistry")
+        self.LightningModule: Any = load(package, "LightningModule")
+        self.TrainerFn: Any = load(f"{package}.trainer.states", "TrainerFn")
+        self.MisconfigurationException: Any = load(f"{package}.utilities.exceptions", "MisconfigurationException")
+        self.SIGTERMException: Any = load(f"{package}.utilities.exceptions", "SIGTERMException")
+        self.SubprocessScriptLauncher: Any = load(
+            f"{package}.strategies.launchers.subprocess_script", "_SubprocessScriptLauncher"
+        )
+        self.is_overridden: Callable[[str, Any], bool] = load(f"{package}.utilities.model_helpers", "is_overridden")
+        self.init_dist_connection: Any = load(f"{fabric}.utilities.distributed", "_init_dist_connection")
+        self.backend_for_device: Any = load(
+            f"{fabric}.utilities.distributed", "_get_default_process_group_backend_for_device"
+        )
+        self.all_gather_if_available: Any = load(f"{fabric}.utilities.distributed", "_all_gather_ddp_if_available")
+        self.optimizers_to_device: Any = load(f"{fabric}.utilities.optimizer", "_optimizers_to_device")
+        self.reset_seed: Any = load(f"{fabric}.utilities.seed", "reset_seed")
+        self.rank_zero_only: Any = load(f"{package}.utilities.rank_zero", "rank_zero_only")
+        self.MixedPrecision: Any = load(f"{package}.plugins.precision", "MixedPrecision")
+
+
+def skip_backward(trainer: Any) -> None:
+    """Keep Lightning from zeroing gradients and going backward around ``training_step``: a pipeline does both inside of it."""
+    assert hasattr(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward")
+    trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward = True
+
+
+def zero_grad(trainer: Any, batch_idx: int, optimizer: Optimizer) -> None:
+    """Zero gradients with the hooks and counters of Lightning's closure."""
+    loop = trainer.fit_loop.epoch_loop.automatic_optimization
+    loop._on_before_zero_grad(optimizer)
+    loop._optimizer_zero_grad(batch_idx, optimizer)
+
+
+def current_batch_idx(trainer: Any) -> int:
+    return trainer.fit_loop.epoch_loop.batch_idx  # type: ignore[no-any-return]
+
+
+def replace_sigterm_polling(trainer: Any, on_signal: Callable[[], None], at_boundary: Callable[[], bool], stop: Any) -> None:
+    """Replace the broadcast that Lightning does on every batch (and in its signal handler) to agree on a SIGTERM.
+
+    Args:
+        on_signal: called in the signal handler. at_boundary: called before each batch; true where all ranks stop.
+        stop: the exception that stops.
+    """
+    connector, loop = trainer._signal_connector, trainer.fit_loop.epoch_loop
+    assert hasattr(connector, "_sigterm_notifier_fn") and hasattr(loop, "_broadcast_sigterm_tensor")
+
+    def notify(signum: Any, frame: Any) -> None:
+        launcher = trainer.strategy.launcher
+        if launcher is not None and not getattr(connector, "_kenotron_notified", False):
+            connector._kenotron_notified = True
+            launcher.kill(signum)
+        on_signal()
+
+    def poll() -> None:
+        if at_boundary():
+            connector.received_sigterm = True
+            raise stop
+
+    connector._sigterm_notifier_fn = notify
+    loop._broadcast_sigterm_tensor = poll
+
+
+def disable_inference_mode(trainer: Any) -> None:
+    """Evaluate under ``no_grad``: DTensors and inference mode do not go together."""
+    for loop in (trainer.validate_loop, trainer.test_loop, trainer.predict_loop, trainer.fit_loop.epoch_loop.val_loop):
+        loop.inference_mode = False
+
+
+def call_hook(trainer: Any, package: str, name: str, *args: Any) -> None:
+    """Call a hook of callbacks and module, as Lightning's own loops do."""
+    call = importlib.import_module(f"{package}.trainer.call")
+    call._call_callback_hooks(trainer, name, *args)
+    call._call_lightning_module_hook(trainer, name, *args)
+
+
+def set_device_mesh(module: nn.Module, mesh: Any) -> None:
+    """Let user code read ``self.device_mesh``."""
+    module._device_mesh = mesh  # type: ignore[assignment]
+
+
+def as_tensor_loss(output: Any) -> Tensor | None:
+    """Return the loss in what ``training_step`` returned."""
+    if isinstance(output, dict):
+        return output.get("loss")
+    return output  # type: ignore[no-any-return]

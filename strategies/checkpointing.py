@@ -1,0 +1,112 @@
+"""Save and restore a whole training: Lightning's checkpoint dictionary, the sharded state, random generators."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kenotron import checkpoint as checkpoints
+from kenotron.strategies.settings import CheckpointSettings
+from kenotron.strategies.state import CheckpointState
+
+#: Marks a restored dictionary whose tensors are in the module already.
+LOADED_IN_PLACE = "kenotron_loaded_in_place"
+
+
+def save_training(
+    checkpoint: Mapping[str, Any],
+    path: Any,
+    state: CheckpointState,
+    *,
+    rank: int,
+    world_size: int,
+    save_id: str,
+    settings: CheckpointSettings,
+    rank_state: Mapping[str, Any],
+    handling_exception: bool,
+) -> None:
+    """Write Lightning's ``checkpoint`` and this rank's tensors; all ranks call it.
+
+    Args:
+        handling_exception: other ranks may be gone, so they are not waited for for long.
+    """
+    values = dict(checkpoint)
+    module_state = values.pop("state_dict", {})
+    tensors = list(state.model_tensors(module_state))
+    with_optimizers = values.pop("optimizer_states", None) is not None
+    if with_optimizers:
+        tensors += state.optimizer_tensors()
+    shared = {
+        "lightning": values,
+        "extra_state": {name: value for name, value in module_state.items() if not isinstance(value, Tensor)},
+        "optimizers": state.optimizer_groups() if with_optimizers else None,
+    }
+    checkpoints.save(
+        path,
+        tensors,
+        shared,
+        rank=rank,
+        world_size=world_size,
+        save_id=save_id,
+        rank_state=rank_state,
+        allow_pickle=settings.allow_pickle,
+        timeout_s=settings.timeout_s,
+        start_timeout_s=settings.exception_timeout_s if handling_exception and world_size > 1 else None,
+    )
+
+
+@dataclass(frozen=True)
+class Restored:
+    """``checkpoint``: Lightning's dictionary without tensors. ``rank_state``: this rank's, if the world was as large."""
+
+    checkpoint: dict[str, Any]
+    rank_state: dict[str, Any] | None
+
+
+def load_training(
+    path: Any,
+    state: CheckpointState,
+    *,
+    strict: bool,
+    with_optimizers: bool,
+    rank: int,
+    world_size: int,
+    allow_pickle: bool,
+) -> Restored:
+    """Load this rank's parts of module and optimizers in place, from a checkpoint of any layout."""
+    manifest = checkpoints.read_manifest(path)
+    saved = checkpoints.load_state(manifest, allow_pickle=allow_pickle)
+    state.load_model(manifest, strict, saved["extra_state"])
+    if with_optimizers and saved["optimizers"] is not None:
+        state.load_optimizers(manifest, saved["optimizers"])
+    checkpoint = {**saved["lightning"], "state_dict": {}, LOADED_IN_PLACE: True}
+    if saved["optimizers"] is not None:
+        checkpoint["optimizer_states"] = []
+    same_world = manifest.world_size == world_size
+    rank_state = checkpoints.load_rank_state(manifest, rank, allow_pickle=allow_pickle) if same_world else None
+    return Restored(checkpoint, rank_state)
+
+
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return the state of every global random generator of this process."""
+    return {
+        "torch": torch.get_rng_state(),
+        "python": random.getstate(),
+        "numpy": np.random.get_state(legacy=True),
+        "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+    }
+
+
+def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:
+    """Put back what `random_state` returned."""
+    torch.set_rng_state(state["torch"])
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    if state["cuda"] is not None and device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda"], device)

@@ -1,0 +1,284 @@
+"""What a checkpoint holds of a sharded training: tensors as boxes of global ones, everything else as typed values.
+
+Names in the checkpoint do not depend on the layout: ``model/<name>`` and ``optimizer.<i>/<name>/<key>``, with a parameter's
+name in the whole module.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from kenotron.checkpoint import LocalTensor, Manifest, Piece, StoredTensor, load_into
+from kenotron.layout import ParallelLayout
+from kenotron.parallel._torch import compute_local_shape_and_global_offset
+from kenotron.parallel.apply import Parallelized
+from kenotron.parallel.grads import local
+from kenotron.parallel.shards import TensorShard, canonical
+
+_MODEL = "model/"
+
+
+class CheckpointState:
+    """Describes the sharded state of one training to the checkpoint.
+
+    Args:
+        done: the sharded module. optimizers: none in evaluation. layout: resolved. rank: of this process.
+    """
+
+    def __init__(self, done: Parallelized, optimizers: Sequence[Optimizer], layout: ParallelLayout, rank: int) -> None:
+        self._done = done
+        self._optimizers = optimizers
+        self._layout = layout
+        self._where = layout.coordinates(rank)
+
+    # -------------------------------------------------------------------------------------------------------- module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the module's state by canonical name: this rank's parts; other stages' weights are there, but empty."""
+        state = self._done.root.state_dict()
+        return {canonical(name): value for name, value in state.items()}
+
+    def model_tensors(self, state_dict: Mapping[str, Any]) -> Iterator[LocalTensor]:
+        """Yield what this rank has of the tensors in ``state_dict``, which the user's hooks may have changed."""
+        params, buffers = self._done.named_parameters(), {canonical(n) for n, _ in self._done.root.named_buffers()}
+        seen: set[str] = set()
+        for name, value in state_dict.items():
+            key = self._done.aliases.get(name, name)
+            if not isinstance(value, Tensor) or key in seen or self._is_elsewhere(name):
+                continue
+            seen.add(key)
+            if key in params:
+                yield self._boxed(_MODEL + key, key, value)
+            else:
+                owner = self._first_rank_of_stage(name) if name in buffers else 0
+                yield LocalTensor.whole(_MODEL + name, local(value), owners=(owner,))
+
+    def load_model(self, manifest: Manifest, strict: bool, extra_state: Mapping[str, Any]) -> list[str]:
+        """Load this rank's parts in place. Returns the names that the checkpoint lacks (``strict=False``).
+
+        Args:
+            extra_state: what modules keep through ``get_extra_state``.
+        """
+        for name, value in extra_state.items():
+            self._done.root.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
+        tensors = list(self.model_tensors(self.state_dict()))
+        if not strict:
+            tensors = [t for t in tensors if t.name in manifest.tensors]
+        missing = load_into(manifest, tensors, strict=strict)
+        if strict:
+            self._refuse_leftovers(manifest)
+        return missing
+
+    @torch.no_grad()
+    def load_whole(self, state_dict: Mapping[str, Any], strict: bool) -> None:
+        """Load this rank's parts from a whole state dict in memory, as other strategies save it.
+
+        Raises:
+            ValueError: names that only one side has (``strict``), or a shape that differs.
+        """
+        names = self.state_dict()
+        missing = [n for n in names if n not in state_dict and self._done.aliases.get(n, n) not in state_dict]
+        unexpected = [n for n in state_dict if n not in names]
+        if strict and (missing or unexpected):
+            raise ValueError(f"the state dict does not fit: missing {missing[:8]}, unexpected {unexpected[:8]}.")
+        for tensor in self.model_tensors(names):
+            name = tensor.name.removeprefix(_MODEL)
+            if name not in state_dict:
+                continue
+            whole = state_dict[name]
+            if tuple(whole.shape) != tensor.global_shape:
+                raise ValueError(f"{name} has shape {tuple(whole.shape)} in the state dict and {tensor.global_shape} here.")
+            for piece in tensor.pieces:
+                target, source = tensor.tensor, whole
+                for dim, length in enumerate(piece.shape):
+                    target = target.narrow(dim, piece.local[dim], length)
+                    source = source.narrow(dim, piece.offset[dim], length)
+                target.copy_(source)
+
+    def _refuse_leftovers(self, manifest: Manifest) -> None:
+        names = {canonical(name) for name in self._done.root.state_dict()}
+        known = {_MODEL + self._done.aliases.get(name, name) for name in names}
+        leftovers = sorted(n for n in manifest.tensors if n.startswith(_MODEL) and n not in known)
+        if leftovers:
+            raise ValueError(
+                f"the checkpoint {manifest.path} has {len(leftovers)} tensors that this module lacks: "
+                f"{', '.join(leftovers[:8])}{', …' if len(leftovers) > 8 else ''}. Build the module as it was, or set "
+                "strict_loading = False on the LightningModule."
+            )
+
+    # ---------------------------------------------------------------------------------------------------- optimizers
+
+    def optimizer_tensors(self) -> Iterator[LocalTensor]:
+        """Yield what this rank has of the optimizers' tensors."""
+        for index, optimizer in enumerate(self._optimizers):
+            for name, param in self._own_parameters(optimizer):
+                for key, value in optimizer.state.get(param, {}).items():
+                    if isinstance(value, Tensor):
+                        yield self._state_tensor(index, name, key, param, value)
+                    elif isinstance(value, bool | int | float):
+                        kind = type(value).__name__
+                        yield self._state_tensor(index, name, f"{key}:{kind}", param, torch.tensor(value, dtype=_NUMBERS[kind]))
+                    elif value is not None:
+                        raise ValueError(
+                            f"{type(optimizer).__name__} keeps a {type(value).__name__} in its state ({key!r}), which a "
+                            "checkpoint can't hold. Use an optimizer whose state is made of tensors and numbers."
+                        )
+
+    def optimizer_groups(self) -> list[list[dict[str, Any]]]:
+        """Return the hyper-parameters of each optimizer's groups."""
+        return [
+            [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            for optimizer in self._optimizers
+        ]
+
+    def load_optimizers(self, manifest: Manifest, saved: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Load the optimizers' state in place. ``saved``: what `optimizer_groups` returned.
+
+        Raises:
+            ValueError: another number of optimizers or parameter groups than was saved.
+        """
+        made = [len(optimizer.param_groups) for optimizer in self._optimizers]
+        if made != [len(groups) for groups in saved]:
+            raise ValueError(
+                f"configure_optimizers made {len(made)} optimizers with {made} parameter groups; the checkpoint {manifest.path} "
+                f"has {[len(groups) for groups in saved]}. Configure the same ones, or load weights only."
+            )
+        keys: dict[str, list[str]] = {}
+        for full_name in manifest.tensors:
+            prefix, _, key = full_name.rpartition("/")
+            keys.setdefault(prefix, []).append(key)
+        for index, (optimizer, groups) in enumerate(zip(self._optimizers, saved, strict=True)):
+            for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
+                group.update(saved_group)
+            self._load_state_of(index, optimizer, manifest, keys)
+
+    def _load_state_of(self, index: int, optimizer: Optimizer, manifest: Manifest, keys: Mapping[str, Sequence[str]]) -> None:
+        group_of = {id(param): group for group in optimizer.param_groups for param in group["params"]}
+        tensors: list[LocalTensor] = []
+        numbers: list[tuple[dict[str, Any], str]] = []
+        for name, param in self._own_parameters(optimizer):
+            group, state = group_of[id(param)], {}
+            for key in keys.get(f"optimizer.{index}/{name}", ()):
+                stored = manifest.tensors[f"optimizer.{index}/{name}/{key}"]
+                counters_on_device = bool(group.get("capturable") or group.get("fused"))
+                state[key] = _empty_state(param, stored, counters_on_device)
+                tensors.append(self._state_tensor(index, name, key, param, state[key]))
+                if ":" in key:
+                    numbers.append((state, key))
+            if state:
+                optimizer.state[param] = state
+        load_into(manifest, tensors)
+        for state, key in numbers:
+            state[key.partition(":")[0]] = state.pop(key).item()
+
+    def _state_tensor(self, index: int, name: str, key: str, param: nn.Parameter, value: Tensor) -> LocalTensor:
+        full_name = f"optimizer.{index}/{name}/{key}"
+        if value.shape == param.shape:
+            return self._boxed(full_name, name, value)
+        return LocalTensor.whole(full_name, local(value), owners=(min(self._all_holders(name)),))
+
+    def _own_parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
+        own = {id(param): name for name, param in self._done.named_parameters().items()}
+        params = itertools.chain.from_iterable(group["params"] for group in optimizer.param_groups)
+        return [(own[id(param)], param) for param in params if id(param) in own]
+
+    # --------------------------------------------------------------------------------------------------------- boxes
+
+    def _boxed(self, full_name: str, name: str, value: Tensor) -> LocalTensor:
+        """Describe a tensor that is cut like the parameter ``name``."""
+        shard = self._done.shards.of(name, value)
+        rows = None
+        if isinstance(value, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+            rows = (offset[0], shape[0])
+        return LocalTensor(
+            name=full_name,
+            tensor=local(value),
+            global_shape=shard.global_shape,
+            pieces=tuple(pieces_of(shard, rows)),
+            owners=tuple(self._holders_of_same_box(name, shard, isinstance(value, DTensor))),
+        )
+
+    def _holders_of_same_box(self, name: str, shard: TensorShard, is_sharded: bool) -> list[int]:
+        """Return the ranks that hold the same part of a parameter as this one."""
+        layout, where = self._layout, self._where
+        stages = self._done.shards.holders.get(name, (where.pp,))
+        shards = [where.dp_shard] if is_sharded else range(layout.dp_shard)
+        contexts = [where.cp] if is_sharded else range(layout.cp)
+        boxes = itertools.product(stages, range(layout.dp_replicate), shards, contexts, shard.replicas)
+        return sorted(layout.rank_at(*box) for box in boxes)
+
+    def _all_holders(self, name: str) -> list[int]:
+        """Return the ranks that hold any part of a parameter."""
+        layout = self._layout
+        stages = self._done.shards.holders.get(name, (self._where.pp,))
+        return [layout.rank_at(pp, *rest) for pp in stages for rest in itertools.product(*map(range, layout.sizes[1:]))]
+
+    def _is_elsewhere(self, name: str) -> bool:
+        cut = self._done.cut
+        stage = cut.stage_of(name) if cut else None
+        return stage is not None and cut is not None and stage not in cut.local_stages
+
+    def _first_rank_of_stage(self, name: str) -> int:
+        cut = self._done.cut
+        stage = cut.stage_of(name) if cut else None
+        return self._layout.rank_at(0 if stage is None else self._where.pp, 0, 0, 0, 0)
+
+
+def pieces_of(shard: TensorShard, rows: tuple[int, int] | None) -> Iterator[Piece]:
+    """Yield the boxes of the global tensor that lie in a local one.
+
+    Args:
+        shard: what tensor parallelism left here. rows: ``(start, length)`` along dimension 0 of that, what ZeRO left here.
+    """
+    shape = shard.shape
+    first, count = rows if rows is not None else (0, shape[0] if shape else 0)
+    if shape and (count == 0 or 0 in shape):
+        return
+    zeros = (0,) * len(shape)
+    if shard.dim is None or shard.dim > 0:
+        segments = [(0, 0, shape[shard.dim] if shard.dim else 0)]
+        if shard.dim is not None:
+            starts = itertools.accumulate((length for _, length in shard.segments), initial=0)
+            segments = [(begin, start, length) for begin, (start, length) in zip(starts, shard.segments, strict=False)]
+        for begin, start, length in segments:
+            box, where, offset = list(shape), list(zeros), list(zeros)
+            if shape:
+                box[0], offset[0] = count, first
+            if shard.dim is not None:
+                box[shard.dim], where[shard.dim], offset[shard.dim] = length, begin, start
+            yield Piece(local=tuple(where), offset=tuple(offset), shape=tuple(box))
+        return
+    begin = 0
+    for start, length in shard.segments:  # of dimension 0, within which ZeRO's rows lie
+        low, high = max(begin, first), min(begin + length, first + count)
+        if low < high:
+            yield Piece(
+                local=(low - first, *zeros[1:]),
+                offset=(start + low - begin, *zeros[1:]),
+                shape=(high - low, *shape[1:]),
+            )
+        begin += length
+
+
+_NUMBERS = {"bool": torch.bool, "int": torch.int64, "float": torch.float64}
+
+
+def _empty_state(param: nn.Parameter, stored: StoredTensor, counters_on_device: bool) -> Tensor:
+    """Return the tensor into which one entry of an optimizer's state is loaded.
+
+    Step counters live on the host unless the optimizer is fused or capturable.
+    """
+    if not stored.shape and param.ndim:
+        return torch.zeros((), dtype=stored.dtype, device=param.device if counters_on_device else "cpu")
+    if len(stored.shape) == param.ndim:
+        return torch.zeros_like(param, dtype=stored.dtype, requires_grad=False)
+    return torch.zeros(stored.shape, dtype=stored.dtype, device=param.device)
+

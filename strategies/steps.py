@@ -1,0 +1,169 @@
+"""One batch through a pipeline: split, run the user's step per microbatch, merge what it logged and returned.
+
+All ranks of a pipeline have the same batch, and the same random numbers around the model (see ``parallel.random``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kenotron.parallel.pipeline import Pipeline
+from kenotron.parallel.random import RandomStreams
+from kenotron.strategies.logs import Call, LogRelay, merge, recording
+from kenotron.strategies.loss import StepLoss, TokenCount
+from kenotron.strategies.microbatches import Splitter, batch_size, shape_key, split
+
+
+class PipelineSteps:
+    """Runs the steps of a LightningModule over a pipeline.
+
+    Args:
+        module: the LightningModule. pipeline: over its cut. splitter: batch size -> microbatches.
+        relay: of log calls. streams: random streams. tokens: counts tokens where the loss is a sum.
+    """
+
+    def __init__(
+        self,
+        module: Any,
+        pipeline: Pipeline,
+        splitter: Splitter,
+        relay: LogRelay,
+        streams: RandomStreams,
+        tokens: TokenCount,
+    ) -> None:
+        self._module = module
+        self._pipeline = pipeline
+        self._splitter = splitter
+        self._relay = relay
+        self._streams = streams
+        self._tokens = tokens
+        self._knows_form = False
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def train(
+        self,
+        step: Callable[..., Any],
+        batch: Any,
+        rest: tuple[Any, ...],
+        context: Callable[[], Any],
+        scale: Callable[[Tensor], Tensor],
+        accumulate: int,
+    ) -> Tensor:
+        """Run forward and backward of one batch.
+
+        Args:
+            step: the user's ``training_step``. rest: its arguments after the batch. context: of precision.
+            scale: of the loss (fp16). accumulate: batches per update.
+
+        Returns:
+            The mean loss of this data-parallel rank's batch, the same on every stage (0-dim, detached).
+        """
+        sizes = self._splitter.sizes(batch_size(batch))
+        microbatches, weights = split(batch, sizes), [size / sum(sizes) for size in sizes]
+        calls: list[Sequence[Call]] = [()] * len(sizes)
+        losses: list[StepLoss | None] = [None] * len(sizes)
+
+        def run(index: int) -> Tensor:
+            with self._microbatch(context) as recorded:
+                output = step(microbatches[index], *rest)
+            calls[index] = recorded
+            loss = losses[index] = StepLoss.of(output)
+            return scale(self._tokens.to_differentiate(loss, weights[index] / accumulate))
+
+        def probe(index: int) -> Any:
+            with self._microbatch(context):
+                return step(microbatches[index], *rest)
+
+        with self._probing_leaves_no_trace(context) as guarded_probe:
+            keys = [("train", shape_key(microbatch)) for microbatch in microbatches]
+            self._pipeline.train_step(keys, run, guarded_probe(probe))
+        mean = merged = None
+        if self._pipeline.is_last:
+            mean = self._tokens.mean([loss for loss in losses if loss is not None], weights)
+            merged = merge(calls, weights)
+        mean, merged = self._relay.send(merged, mean)
+        self._relay.replay(merged)
+        if not self._knows_form:  # stages that do not reach the loss learn its form from the first batch
+            self._tokens.uses_sums, self._knows_form = self.share(self._tokens.uses_sums), True
+        return mean
+
+    @contextlib.contextmanager
+    def _microbatch(self, context: Callable[[], Any]) -> Iterator[list[Call]]:
+        """Precision around the forward pass alone, log calls recorded, the model's random numbers kept apart."""
+        try:
+            with context(), recording(self._module) as calls:
+                yield calls
+        finally:
+            self._streams.leave_model()
+
+    @contextlib.contextmanager
+    def _probing_leaves_no_trace(self, context: Callable[[], Any]) -> Iterator[Any]:
+        def guard(probe: Callable[[int], Any]) -> Callable[[int], Any]:
+            def guarded(index: int) -> Any:
+                buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
+                try:
+                    with self._streams.untouched():
+                        return probe(index)
+                finally:
+                    with torch.no_grad():
+                        for buffer, before in buffers:
+                            buffer.copy_(before)
+
+            return guarded
+
+        yield guard
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, step: Callable[..., Any], batch: Any, rest: tuple[Any, ...], context: Callable[[], Any]) -> Any:
+        """Run one batch forward. Returns the step's output on the last stage, ``None`` elsewhere."""
+        calls: list[Call] = []
+
+        def run() -> Any:
+            with self._microbatch(context) as recorded:
+                try:
+                    return step(batch, *rest)
+                finally:
+                    calls[:] = recorded
+
+        key = (getattr(step, "__name__", ""), shape_key(batch))
+        output = self._pipeline.forward(key, run)
+        _, merged = self._relay.send(calls)
+        self._relay.replay(merged)
+        return output
+
+    def share(self, output: Any) -> Any:
+        """Return the last stage's ``output`` on every rank of the pipeline."""
+        box = [_to_cpu(output)]
+        dist.broadcast_object_list(box, self._pipeline.last_rank, group=self._pipeline.group)
+        return box[0]
+
+    # --------------------------------------------------------------------------------------------------------- hooks
+
+    def run_hook(self, hook: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run a module hook that may use what its steps collected, which only the last stage has.
+
+        Other stages run it too (it may change the module), but their log calls are dropped, and an error there is one
+        of missing results.
+        """
+        result, calls = None, None
+        with recording(self._module) as recorded:
+            if self._pipeline.is_last:
+                result, calls = hook(*args, **kwargs), recorded
+            else:
+                with contextlib.suppress(Exception):
+                    result = hook(*args, **kwargs)
+        _, merged = self._relay.send(calls)
+        self._relay.replay(merged)
+        return result
+
+
+def _to_cpu(value: Any) -> Any:
+    return torch.utils._pytree.tree_map(lambda leaf: leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf, value)

@@ -1,0 +1,52 @@
+"""What the checkpoint tests share: ranks that are threads, since a save has no state outside its arguments."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kenotron.checkpoint import LocalTensor, load, manifest, save, writer
+
+SaveOnRanks = Callable[..., list[BaseException | None]]
+
+
+@pytest.fixture
+def save_on_ranks() -> SaveOnRanks:
+    """``save`` on as many ranks as there are lists of tensors; returns what each raised."""
+
+    def save_all(
+        path: Path, tensors: Sequence[Sequence[LocalTensor]], state: dict[str, Any] | None = None, **options: Any
+    ) -> list[BaseException | None]:
+        raised: list[BaseException | None] = [None] * len(tensors)
+        options.setdefault("save_id", uuid.uuid4().hex)
+        per_rank = options.pop("per_rank", {})
+
+        def work(rank: int) -> None:
+            own = options | per_rank.get(rank, {})
+            try:
+                save(path, tensors[rank], state or {}, rank=rank, world_size=len(tensors), **own)
+            except BaseException as error:
+                raised[rank] = error
+
+        threads = [threading.Thread(target=work, args=(rank,)) for rank in range(len(tensors))]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return raised
+
+    return save_all
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
+    """Checksums for every 64 bytes and a staging buffer of 256, so that small tensors take every path; returns 64."""
+    for module in (load, manifest, writer):
+        monkeypatch.setattr(f"{module.__name__}.CHUNK_BYTES", 64)
+    monkeypatch.setattr("kenotron.checkpoint.load._STAGING_BYTES", 256)
+    return 64

@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoint_helpers import flip_bit, forge, holding, rows, tiles, whole
+from conftest import SaveOnRanks
+
+from kenotron.checkpoint import (
+    CheckpointError,
+    ChecksumError,
+    DtypeMismatchError,
+    FileMissingError,
+    FileSizeError,
+    LocalTensor,
+    ManifestDamagedError,
+    MismatchError,
+    NotACheckpointError,
+    NotPublishedError,
+    Piece,
+    RankStateMissingError,
+    ShapeMismatchError,
+    TensorMissingError,
+    UnsafeFileNameError,
+    VersionTooNewError,
+    is_checkpoint,
+    load_into,
+    load_rank_state,
+    load_state,
+    load_state_dict,
+    read_manifest,
+    save,
+)
+from kenotron.checkpoint.boxes import Box
+from kenotron.checkpoint.format import DTYPES, bytes_of, unpublished
+
+FULL = torch.arange(40.0).reshape(10, 4)
+SHARD = "shard-00001-of-00001.safetensors"
+
+
+def save_alone(path: Path, *tensors: LocalTensor, state: dict[str, Any] | None = None) -> Path:
+    save(path, tensors, state or {}, rank=0, world_size=1, save_id="alone")
+    return path
+
+
+def blank(held: LocalTensor) -> LocalTensor:
+    return LocalTensor(
+        name=held.name,
+        tensor=torch.zeros_like(held.tensor),
+        global_shape=held.global_shape,
+        pieces=held.pieces,
+        owners=held.owners,
+    )
+
+
+# ---- Any layout to any layout ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_partition_loads_into_any_other(
+    tmp_path: Path, save_on_ranks: SaveOnRanks, small_chunks: int, seed: int
+) -> None:
+    generator = random.Random(seed)
+    world_size = generator.randrange(1, 4)
+    full: dict[str, torch.Tensor] = {}
+    held: list[list[LocalTensor]] = [[] for _ in range(world_size)]
+    for i in range(4):
+        shape = tuple(generator.randrange(1, 14) for _ in range(generator.randrange(4)))
+        dtype = generator.choice([dtype for dtype in DTYPES.values() if dtype != torch.bool])
+        raw = torch.randint(0, 100, (*shape, dtype.itemsize), dtype=torch.uint8)
+        tensor = full[f"model/{i}"] = raw.view(dtype).reshape(shape)
+        outer = tiles(shape, world_size, generator)
+        for rank, box in enumerate(outer):
+            inner = tiles(box.shape, generator.randrange(1, 4), generator)
+            held[rank].append(holding(f"model/{i}", tensor, box, inner, (rank,)))
+    assert save_on_ranks(tmp_path / "a", held) == [None] * world_size
+    for name, tensor in full.items():
+        for box in tiles(tuple(tensor.shape), generator.randrange(1, 6), generator):
+            wanted = holding(name, tensor, box, tiles(box.shape, generator.randrange(1, 4), generator), (0,))
+            given = blank(wanted)
+            assert load_into(tmp_path / "a", [given]) == []
+            assert bytes_of(given.tensor) == bytes_of(wanted.tensor)
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 3), (3, 4), (1, 4), (12, 1)])
+def test_rows_load_on_more_and_on_fewer_ranks(
+    tmp_path: Path, save_on_ranks: SaveOnRanks, before: int, after: int
+) -> None:
+    assert save_on_ranks(tmp_path / "a", [[held] for held in rows("w", FULL, before)]) == [None] * before
+    for wanted in rows("w", FULL, after):
+        given = blank(wanted)
+        load_into(tmp_path / "a", [given])
+        assert torch.equal(given.tensor, wanted.tensor)
+
+
+def test_a_rank_may_hold_blocks_that_lie_apart(tmp_path: Path, save_on_ranks: SaveOnRanks) -> None:
+    full = torch.arange(32.0).reshape(8, 4)
+
+    def zigzag(rank: int) -> LocalTensor:  # of four blocks of rows the ranks have 0 and 3, 1 and 2
+        starts = (2 * rank, 6 - 2 * rank)
+        pieces = tuple(Piece(local=(2 * i, 0), offset=(at, 0), shape=(2, 4)) for i, at in enumerate(starts))
+        local = torch.cat([full[at : at + 2] for at in starts])
+        return LocalTensor(name="model/w", tensor=local, global_shape=(8, 4), pieces=pieces, owners=(rank,))
+
+    assert save_on_ranks(tmp_path / "a", [[zigzag(0)], [zigzag(1)]]) == [None] * 2
+    assert torch.equal(load_state_dict(tmp_path / "a")["w"], full)
+    given = blank(zigzag(1))
+    load_into(tmp_path / "a", [given])
+    assert torch.equal(given.tensor, zigzag(1).tensor)
+
+
+def test_loading_fills_tensors_of_any_strides_in_place(tmp_path: Path, small_chunks: int) -> None:
+    save_alone(tmp_path / "a", whole("w", FULL), whole("s", torch.tensor(3.0)), whole("e", torch.zeros(0, 2)))
+    transposed = torch.zeros(4, 10).t()
+    parameter = torch.nn.Parameter(torch.zeros(10, 4))
+    scalar, empty = torch.tensor(0.0), torch.zeros(0, 2)
+    load_into(tmp_path / "a", [whole("w", transposed), whole("s", scalar), whole("e", empty)])
+    load_into(tmp_path / "a", [whole("w", parameter)])
+    assert torch.equal(transposed, FULL)
+    assert torch.equal(parameter.detach(), FULL)
+    assert scalar == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_tensors_on_a_gpu_are_saved_and_filled(tmp_path: Path) -> None:
+    save_alone(tmp_path / "a", whole("w", FULL.cuda()), whole("v", FULL.cuda().t()))
+    given, stepped = torch.zeros(10, 4, device="cuda"), torch.zeros(4, 20, device="cuda")[:, ::2]
+    load_into(tmp_path / "a", [whole("w", given), whole("v", stepped)])
+    assert torch.equal(given.cpu(), FULL)
+    assert torch.equal(stepped.cpu(), FULL.t())
+
+
+def test_only_chunks_that_hold_wanted_bytes_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: int
+) -> None:
+    full = torch.arange(8 * 64, dtype=torch.float32).reshape(8, 64)  # a row is four chunks
+    save_alone(tmp_path / "a", whole("w", full))
+    read: list[tuple[int, int]] = []
+    preadv = os.preadv
+
+    def watched(descriptor: int, buffers: list[memoryview], position: int) -> int:
+        read.append((position, len(buffers[0])))
+        return preadv(descriptor, buffers, position)
+
+    monkeypatch.setattr("kenotron.checkpoint.load.os.preadv", watched)
+    data = 4096
+    for box, expected in [
+        (Box((2, 0), (1, 64)), [data + 2 * 256 + i * 64 for i in range(4)]),  # a row
+        (Box((0, 17), (8, 8)), [data + row * 256 + 64 for row in range(8)]),  # columns inside one chunk of each row
+        (Box((3, 5), (1, 1)), [data + 3 * 256]),  # an element
+    ]:
+        read.clear()
+        given = blank(holding("w", full, box, [Box((0, 0), box.shape)], (0,)))
+        load_into(tmp_path / "a", [given])
+        assert torch.equal(given.tensor, full[box.offset[0] :, box.offset[1] :][: box.shape[0], : box.shape[1]])
+        assert sorted(read) == [(position, 64) for position in expected]
+
+
+# ---- What does not match --------------------------------------------------------------------------------------------
+
+
+def test_all_mismatches_are_listed_at_once_and_nothing_is_filled(tmp_path: Path) -> None:
+    save_alone(tmp_path / "a", whole("w", FULL), whole("v", FULL), whole("u", FULL))
+    untouched = torch.zeros(10, 4)
+    wanted = [
+        whole("u", untouched),
+        whole("w", torch.zeros(4, 10)),
+        whole("v", torch.zeros(10, 4, dtype=torch.bfloat16)),
+        whole("x", torch.zeros(1)),
+    ]
+    with pytest.raises(MismatchError) as caught:
+        load_into(tmp_path / "a", wanted)
+    assert caught.value.problems == (
+        "w: stored with the shape [10, 4], wanted [4, 10]",
+        "v: stored as torch.float32, wanted torch.bfloat16 (cast=True converts)",
+        "x: not in the checkpoint",
+    )
+    assert all(problem in str(caught.value) for problem in caught.value.problems)
+    assert not untouched.any()
+    for one, kind in zip(wanted[1:], (ShapeMismatchError, DtypeMismatchError, TensorMissingError), strict=True):
+        with pytest.raises(kind):
+            load_into(tmp_path / "a", [one])
+
+
+def test_without_strict_what_is_missing_is_returned_and_the_rest_filled(tmp_path: Path) -> None:
+    save_alone(tmp_path / "a", whole("w", FULL))
+    given, other = torch.zeros(10, 4), torch.full((2,), 5.0)
+    assert load_into(tmp_path / "a", [whole("x", other), whole("w", given)], strict=False) == ["x"]
+    assert torch.equal(given, FULL)
+    assert torch.equal(other, torch.full((2,), 5.0))
+    with pytest.raises(ShapeMismatchError):
+        load_into(tmp_path / "a", [whole("w", torch.zeros(3))], strict=False)
+
+
+def test_cast_converts_to_the_dtype_of_the_target(tmp_path: Path) -> None:
+    save_alone(tmp_path / "a", whole("w", FULL))
+    given = torch.zeros(10, 4, dtype=torch.bfloat16)
+    load_into(tmp_path / "a", [whole("w", given)], cast=True)
+    assert torch.equal(given, FULL.bfloat16())
+
+
+def test_the_state_of_a_rank_that_did_not_save_is_refused(tmp_path: Path) -> None:
+    save_alone(tmp_path / "a")
+    with pytest.raises(RankStateMissingError, match="was saved by 1 ranks and has no state of rank 1"):
+        load_rank_state(tmp_path / "a", 1)
+
+
+def test_load_state_dict_takes_the_prefix_off_and_leaves_the_state_out(tmp_path: Path) -> None:
+    path = save_alone(tmp_path / "a", whole("model/w", FULL), whole("optimizer/w", FULL), state={"t": FULL})
+    assert load_state_dict(path).keys() == {"w"}
+    assert load_state_dict(path, prefix="").keys() == {"model/w", "optimizer/w"}
+    assert load_state_dict(read_manifest(path), prefix="optimizer/").keys() == {"w"}
+
+
+# ---- Damage ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_flipped_bit_in_any_chunk_is_found_and_the_tensor_and_the_file_are_named(
+    tmp_path: Path, small_chunks: int
+) -> None:
+    path = save_alone(tmp_path / "a", whole("model/w", FULL), whole("model/v", torch.arange(50).char()))
+    generator = random.Random(0)
+    manifest = read_manifest(path)
+    num_flips = 0
+    for name, tensor in manifest.tensors.items():
+        (piece,) = tensor.pieces
+        for start in range(piece.begin, piece.end, small_chunks):
+            position = generator.randrange(start, min(start + small_chunks, piece.end))
+            flip_bit(path / SHARD, position, generator.randrange(8))
+            with pytest.raises(ChecksumError, match=rf"{SHARD} is damaged: of the tensor {name} the bytes from {start}"):
+                load_state_dict(path)
+            flip_bit(path / SHARD, position, 0) if False else None
+            save(path, [whole("model/w", FULL), whole("model/v", torch.arange(50).char())], {}, rank=0, world_size=1,
+                 save_id=f"again-{num_flips}")
+            num_flips += 1
+    assert num_flips == 4
+
+
+def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path: Path) -> None:
+    path = save_alone(tmp_path / "a", whole("model/w", FULL), state={"lr": 0.1})
+    file = path / "manifest.json"
+    good = file.read_bytes()
+    for position in range(len(good)):
+        for bit in (0, 5):
+            flip_bit(file, position, bit)
+            with pytest.raises((ManifestDamagedError, NotACheckpointError), match=re.escape(str(path))):
+                read_manifest(path)
+            file.write_bytes(good)
+    for length in (0, 10, len(good) // 2, len(good) - 1):
+        file.write_bytes(good[:length])
+        with pytest.raises((ManifestDamagedError, NotACheckpointError)):
+            read_manifest(path)
+
+
+def test_a_file_that_is_cut_lengthened_or_gone_is_named(tmp_path: Path) -> None:
+    path = save_alone(tmp_path / "a", whole("model/w", FULL))
+    shard = path / SHARD
+    good = shard.read_bytes()
+    for data in (good[:-1], good + b"x", b""):
+        shard.write_bytes(data)
+        with pytest.raises(FileSizeError, match=rf"{SHARD} has {len(data)} bytes and should have {len(good)}"):
+            load_state_dict(path)
+    shard.write_bytes(good)
+    manifest = read_manifest(path)
+    shard.unlink()
+    for source in (path, manifest):
+        with pytest.raises(FileMissingError, match=SHARD):
+            load_state_dict(source)
+
+
+def test_what_is_no_checkpoint_is_told(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "manifest.json").write_text("{}")
+    for name in ("nothing", "file", "foreign", ""):
+        assert not is_checkpoint(tmp_path / name)
+        with pytest.raises(NotACheckpointError, match="is not a checkpoint: no manifest.json"):
+            read_manifest(tmp_path / name)
+
+
+def test_an_unpublished_checkpoint_is_never_loaded_not_even_through_a_link(tmp_path: Path) -> None:
+    path = save_alone(tmp_path / "a", whole("model/w", FULL))
+    assert is_checkpoint(path)
+    partial = unpublished(path, "x")
+    path.rename(partial)
+    (tmp_path / "last").symlink_to(partial.name)
+    for other in (partial, path, tmp_path / "last"):
+        assert not is_checkpoint(other)
+        with pytest.raises(NotPublishedError):
+            load_state(other)
+
+
+def set_at(*keys: Any, value: Any) -> Callable[[dict[str, Any]], None]:
+    def change(node: dict[str, Any]) -> None:
+        for key in keys[:-1]:
+            node = node[key]
+        node[keys[-1]] = value
+
+    return change
+
+
+PIECE = ("tensors", "model/w", "pieces", 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind"),
+    [
+        (set_at("version", value=2), VersionTooNewError),
+        (set_at("version", value=0), ManifestDamagedError),
+        (set_at("version", value=True), ManifestDamagedError),
+        (set_at("files", "../secret", value=1), UnsafeFileNameError),
+        (set_at("files", "/etc/passwd", value=1), UnsafeFileNameError),
+        (set_at("files", "..", value=1), UnsafeFileNameError),
+        (set_at("files", "a\\b", value=1), UnsafeFileNameError),
+        (set_at("files", "manifest.json", value=1), UnsafeFileNameError),
+        (set_at(*PIECE, "file", value="../secret"), ManifestDamagedError),
+        (set_at(*PIECE, "bytes", value=[4096, 4096 + 10**15]), ManifestDamagedError),
+        (set_at(*PIECE, "bytes", value=[-160, 0]), ManifestDamagedError),
+        (set_at(*PIECE, "bytes", value=[10**9, 10**9 + 160]), ManifestDamagedError),
+        (set_at(*PIECE, "crc32c", value=[]), ManifestDamagedError),
+        (set_at(*PIECE, "crc32c", value=["1"]), ManifestDamagedError),
+        (set_at(*PIECE, "shape", value=[10**15, 4]), ManifestDamagedError),
+        (set_at(*PIECE, "offset", value=[1, 0]), ManifestDamagedError),
+        (set_at(*PIECE, "offset", value=[0]), ManifestDamagedError),
+        (set_at("tensors", "model/w", "shape", value=[10**15, 4]), ManifestDamagedError),
+        (set_at("tensors", "model/w", "shape", value=[0, 2**62, 2**62]), ManifestDamagedError),
+        (set_at("tensors", "model/w", "shape", value=[-1]), ManifestDamagedError),
+        (set_at("tensors", "model/w", "dtype", value="F4"), ManifestDamagedError),
+        (set_at("tensors", "model/w", "pieces", value=[]), ManifestDamagedError),
+        (set_at("tensors", value=[]), ManifestDamagedError),
+        (set_at("world_size", value=10**12), ManifestDamagedError),
+        (set_at("save_id", value=None), ManifestDamagedError),
+        (lambda node: node.pop("files"), ManifestDamagedError),
+    ],
+)
+def test_forged_manifests_are_refused_with_one_typed_error(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], kind: type[CheckpointError]
+) -> None:
+    path = save_alone(tmp_path / "a", whole("model/w", FULL))
+    (tmp_path / "secret").write_text("s")
+    forge(path, change)
+    with pytest.raises(kind) as caught:
+        read_manifest(path)
+    assert type(caught.value) is kind
+
+
+def test_pieces_that_share_bytes_are_refused_so_that_a_small_file_cannot_ask_for_much_memory(tmp_path: Path) -> None:
+    path = save_alone(tmp_path / "a", whole("model/w", FULL))
+
+    def copy(node: dict[str, Any]) -> None:
+        node["tensors"]["model/v"] = node["tensors"]["model/w"]
+
+    forge(path, copy)
+    with pytest.raises(ManifestDamagedError, match="model/v and model/w share bytes|model/w and model/v share bytes"):
+        read_manifest(path)
+
+
+def test_a_state_that_was_never_encoded_is_refused(tmp_path: Path) -> None:
+    path = save_alone(tmp_path / "a")
+    for node in ({"$tensor": "model/w"}, {"$pickle": {"file": "../x", "type": "x", "crc32c": 0}}):
+        forge(path, set_at("state", value=node))
+        with pytest.raises(ManifestDamagedError):
+            load_state(path, allow_pickle=True)
+
+
+def test_a_manifest_without_end_is_refused(tmp_path: Path) -> None:
+    path = save_alone(tmp_path / "a")
+    file = path / "manifest.json"
+    from kenotron.callbacks_native import crc32c
+
+    content = file.read_bytes().split(b',"world_size"')[0] + b',"state":' + b"[" * 100_000
+    file.write_bytes(content + b',"crc32c":"%08x"}\n' % crc32c(content))
+    with pytest.raises(ManifestDamagedError):
+        read_manifest(path)
