@@ -42,6 +42,8 @@ def save_training(
     with_optimizers = values.pop("optimizer_states", None) is not None
     if with_optimizers:
         tensors += state.optimizer_tensors()
+    # Of what several ranks hold alike (or only nearly: statistics of a batch norm), the owners write.
+    tensors = [tensor for tensor in tensors if rank in tensor.owners]
     shared = {
         "lightning": values,
         "extra_state": {name: value for name, value in module_state.items() if not isinstance(value, Tensor)},

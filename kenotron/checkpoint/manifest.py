@@ -13,10 +13,10 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
@@ -37,8 +37,6 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
 _SEAL = re.compile(rb',"crc32c":"([0-9a-f]{8})"\}\n')
 _SEAL_BYTES = len(',"crc32c":"01234567"}\n')
 _MAX_EXTENT = 2**63 - 1
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -294,15 +292,13 @@ def _check_tensor(name: str, tensor: StoredTensor) -> None:
 
 
 def _integers(values: Iterable[Any]) -> tuple[int, ...]:
-    return _all(values, lambda value: type(value) is int, "integers")
+    found = tuple(values)
+    if not {*map(type, found)} <= {int}:  # bool is no integer here
+        raise TypeError(f"expected integers, found {found!r:.80}")
+    return found
 
 
 def _text(value: Any) -> str:
-    return _all([value], lambda value: type(value) is str, "a text")[0]
-
-
-def _all(values: Iterable[T], is_right: Callable[[T], bool], what: str) -> tuple[T, ...]:
-    found = tuple(values)
-    if not all(map(is_right, found)):
-        raise TypeError(f"expected {what}, found {found!r:.80}")
-    return found
+    if type(value) is not str:
+        raise TypeError(f"expected a text, found {value!r:.80}")
+    return value

@@ -3,7 +3,7 @@
 A save may be made where other ranks are dead (on an exception) or busy (in the background), so nothing here waits
 without a limit and nothing needs a process group. In ``.<name>.<save id>.partial/control/`` stand:
 
-- ``begun-NNNNN``: rank N takes part. It is removed when that rank gives up.
+- ``begun-NNNNN``: rank N takes part. It becomes ``left-NNNNN`` when that rank has given up and removed its files.
 - ``report-NNNNN.json``: what rank N has written, durably.
 - ``verdict.json``: made by a hard link, so that there is exactly one: rank 0's "publish" once all has been checked, or
   the failure of whichever rank came first. All ranks raise that failure, with its text.
@@ -41,9 +41,19 @@ class Meeting:
         save_id: names this save and no other.
         rank, world_size: who takes part.
         timeout_s: how long the whole save may take, from now on.
+        start_timeout_s: how long it may take until all ranks have begun; None not to wait for that.
     """
 
-    def __init__(self, path: Path, save_id: str, *, rank: int, world_size: int, timeout_s: float) -> None:
+    def __init__(
+        self,
+        path: Path,
+        save_id: str,
+        *,
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        start_timeout_s: float | None,
+    ) -> None:
         self.path = path
         self.folder = unpublished(path, save_id)
         self._control = self.folder / _CONTROL
@@ -51,6 +61,7 @@ class Meeting:
         self._rank = rank
         self._world_size = world_size
         self._timeout_s = timeout_s
+        self._start_timeout_s = start_timeout_s
         self._start = time.monotonic()
         self._has_reported = False
 
@@ -70,9 +81,10 @@ class Meeting:
             problem = f"save_id={self._save_id!r} was used before for {self.path}; use a new one for each save"
             raise ValueError(problem) from None
 
-    def wait_for_start(self, within_s: float) -> None:
-        """Return when all ranks have begun; after ``within_s`` seconds ``RanksMissingError``, naming the others."""
-        self._wait(lambda: not self._missing("begun"), within_s, self._who_never_began)
+    def wait_for_start(self) -> None:
+        """Return when all ranks have begun; ``RanksMissingError``, which names the others, when the time is up."""
+        if self._start_timeout_s is not None:
+            self._wait(lambda: not self._missing("begun"), self._start_timeout_s, self._who_never_began)
 
     def report(self, content: dict[str, Any]) -> None:
         """Hand rank 0 what this rank has written."""
@@ -95,8 +107,9 @@ class Meeting:
     def withdraw(self, error: BaseException, own_files: Iterable[str]) -> SaveFailedError:
         """End a save that ``error`` stopped: tell the others why, remove files, and return what all ranks raise.
 
-        A rank removes its own files, rank 0 those of all (some may be dead), the last one the directory. What cannot be
-        removed stays for the next save to this path to sweep, since the error matters more.
+        A rank removes its own files, rank 0 those of all (some may be dead), the last one the directory: the last of
+        the world, so that a rank that comes late finds the verdict, or, where all wait only so long for a start, the
+        last of those that came. What stays is swept by the next save to this path.
         """
         own = error if isinstance(error, SaveFailedError) else self._describe(error)
         if self._published_by_rank_0():  # under the unpublished name may now stand the former checkpoint
@@ -111,9 +124,8 @@ class Meeting:
                 verdict = _failing(own)  # the rename itself failed: only who decided can take it back
                 write_durably(self._control / _VERDICT, json.dumps(verdict).encode())
             self._discard(own_files)
-            for name in (f"report-{self._rank:05d}.json", f"begun-{self._rank:05d}"):
-                (self._control / name).unlink(missing_ok=True)
-            if not self._present("begun"):
+            os.rename(self._control / f"begun-{self._rank:05d}", self._control / f"left-{self._rank:05d}")
+            if not self._missing("left") or (self._start_timeout_s is not None and not self._present("begun")):
                 shutil.rmtree(self.folder)
             return _failure(verdict)
         return own

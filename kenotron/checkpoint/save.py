@@ -83,14 +83,15 @@ def save(
     final = Path(os.path.abspath(path))
     _check_arguments(final, rank, world_size, save_id)
     part = _Part(rank=rank, world_size=world_size, save_id=save_id)
-    meeting = Meeting(final, save_id, rank=rank, world_size=world_size, timeout_s=timeout_s)
+    meeting = Meeting(
+        final, save_id, rank=rank, world_size=world_size, timeout_s=timeout_s, start_timeout_s=start_timeout_s
+    )
     try:
-        if rank == 0:
-            _check_replaceable(final)
-            meeting.sweep()
         meeting.begin()
-        if start_timeout_s is not None:
-            meeting.wait_for_start(start_timeout_s)
+        if rank == 0:
+            meeting.sweep()
+            _check_replaceable(final)
+        meeting.wait_for_start()
         _check_tensors(tensors, rank)
         part.gather(tensors, state, rank_state, allow_pickle)
         meeting.report(part.write(meeting.folder, writer or SyncShardWriter()))

@@ -18,7 +18,7 @@ import math
 import pathlib
 import pickle
 from argparse import Namespace
-from collections import OrderedDict, defaultdict, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -312,6 +312,7 @@ _CODECS: dict[str, _Codec] = {
     "tuple": _Codec((tuple,), _as_items, _from_items(tuple)),
     "dict": _Codec((dict,), _as_pairs, _from_pairs(dict)),
     "OrderedDict": _Codec((OrderedDict,), _as_pairs, _from_pairs(OrderedDict)),
+    "Counter": _Codec((Counter,), _as_pairs, _from_pairs(lambda pairs: Counter(dict(pairs)))),  # MultiStepLR has one
     "defaultdict": _Codec((defaultdict,), _as_default_dict, _from_default_dict),
     "set": _Codec((set,), _as_sorted_items, _from_items(set)),
     "frozenset": _Codec((frozenset,), _as_sorted_items, _from_items(frozenset)),

@@ -111,7 +111,7 @@ class TensorParallel:
             if style == "colwise_gather_output":
                 module.register_forward_hook(lambda m, args, out: gather_from(out, -1, self.group, grad="slice"))
             if style == "vocab_head":
-                module.register_forward_hook(lambda m, args, out: VocabParallelLogits(out, self.group))
+                module.register_forward_hook(lambda m, args, out: VocabParallelLogits.from_local(out, self.group))
         else:
             packs = 2 if style == "packed_rowwise" else 1
             segments = self._even(module.in_features, packs, f"{name}.in_features")

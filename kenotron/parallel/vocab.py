@@ -1,32 +1,34 @@
-"""The vocabulary-parallel embedding, and logits that stay split over the vocabulary under code that knows nothing of it.
+"""The vocabulary-parallel embedding and loss, and logits that stay split under code that knows nothing of it.
 
-Each tp rank's head computes ``[..., V/tp]`` logits. ``VocabParallelLogits`` shows them as one tensor ``[..., V]``, and the
-user's code (a loss, soft-capping, metrics) goes on with it. What happens to an operation is decided here:
+Each tp rank's head computes ``[..., V/tp]`` logits. ``VocabParallelLogits`` shows them as one tensor ``[..., V]``, and
+the user's code (a loss, soft-capping, metrics) goes on with it. What becomes of an operation is decided here:
 
 1. Questions (shape, dtype, requires_grad, …) are answered for the whole tensor. No communication.
 2. What acts on each logit alone, or leaves the vocabulary in one piece (casts, arithmetic, reshapes, transposes, slices
    of other dimensions), is done on the local slice and gives ``VocabParallelLogits`` again. No communication.
 3. Cross entropy, softmax, logsumexp, argmax, max, sum, mean and gather over the vocabulary exchange numbers per token.
-4. Everything else gathers the logits ``[..., V]`` and goes on with a plain tensor. Correct for any operation, also one
+4. Everything else gathers the logits ``[..., V]`` and goes on with a plain tensor. Right for any operation, also one
    that torch will have tomorrow; the gathered tensor is kept for the next.
 
-Every rank runs the same code on the same batch, so all of them come to the same collectives in the same order. What only
-one rank does (``if rank == 0: print(logits)``) must not communicate: ``repr`` therefore shows no values.
+Every rank runs the same code on the same batch, so all come to the same collectives in the same order. What one rank
+does alone (``if rank == 0: print(logits)``) must not communicate: ``repr`` therefore shows no values.
 
-Gradients. Whatever leaves 3 and 4 is the same on every rank, and so is its gradient: each rank keeps its slice, without a
-sum. The gradient of the head's *input* is then one rank's share, which the ``copy_to`` before the head sums. The same goes
-for a tensor that meets the logits (a learned temperature, a bias): see ``_operand``.
+Gradients. What leaves 3 and 4 is the same on every rank, and so is its gradient: each rank keeps its slice, without a
+sum. The gradient of the head's *input* is then one rank's share, which the ``copy_to`` before the head sums. So is that
+of a tensor that meets the logits (a learned temperature): see ``_operand``.
 
-Two paths lead autograd from the wrapper to the slice. The operations above use ``_local``, which carries its own graph. C++
-code that takes the wrapper for a plain tensor (a custom ``autograd.Function``) finds the node of ``_Wrap`` instead.
+Autograd has two ways from the wrapper to the slice. The operations above take ``_local``, which carries its own graph.
+C++ code that takes the wrapper for a plain tensor (a custom ``autograd.Function``) finds the node of ``_Wrap``.
+
+The first half of this file works on plain slices; the second is the wrapper.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from types import GetSetDescriptorType
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +48,11 @@ from kenotron.parallel.collectives import (
     scatter_to,
 )
 
-# Rows of the cross entropy are worked through in pieces of this many logits: 64 MiB in float32, instead of a float32 copy
-# of all of them next to bfloat16 logits.
+# The cross entropy works through its rows in pieces of this many logits: 64 MiB in float32, where a float32 copy of all
+# of them beside bfloat16 logits would be the largest tensor of the step.
 PIECE = 1 << 24
+
+# ---- Embedding ------------------------------------------------------------------------------------------------------
 
 
 def vocab_parallel_embedding(
@@ -63,51 +67,215 @@ def vocab_parallel_embedding(
     scale_grad_by_freq: bool = False,
     sparse: bool = False,
 ) -> Tensor:
-    """Return ``F.embedding`` of the whole vocabulary, of which each rank holds some rows.
+    """Return ``F.embedding`` over the whole vocabulary, of which each rank holds an equal number of rows.
 
     Args:
         ids: token ids in [0, V), any shape.
         weight: this rank's rows ``[V/tp, H]``; the first is that of token ``start``.
         padding_idx: a row that gets no gradient, counted in the whole vocabulary.
-        max_norm: not supported; the others are those of ``nn.Embedding``.
+        max_norm: must be ``None``. The others are those of ``nn.Embedding``.
 
     Returns:
         ``[*ids.shape, H]``, the same on every rank.
 
     Raises:
-        ValueError: ``max_norm`` is set. IndexError: an id outside the vocabulary (on CUDA: a device-side assert).
+        ValueError: ``max_norm`` is set.
+        IndexError: an id is outside the vocabulary (on CUDA: a device-side assert, as in torch).
     """
     if max_norm is not None:
         raise ValueError(
-            f"max_norm={max_norm}: a vocabulary-parallel embedding cannot renormalise its rows in the forward pass. "
-            "Set max_norm=None, or leave this embedding out of the plan."
+            f"max_norm={max_norm}: a vocabulary-parallel embedding does not renormalise its rows in the forward pass. "
+            "Set max_norm=None, or leave this embedding out of the tensor-parallel plan."
         )
     rows, hidden = weight.shape
     _check_range(ids, rows * group_size(group))
-    index = ids - start
-    elsewhere = (index < 0) | (index >= rows)
     if padding_idx is not None:
         padding_idx = padding_idx % (rows * group_size(group)) - start
         padding_idx = padding_idx if 0 <= padding_idx < rows else None
+    row, elsewhere = _within(ids, start, rows)
     if scale_grad_by_freq or sparse:
-        # Both look at which rows were asked for, and the row that stands in for ids elsewhere was not. This one looks up
-        # no more than the ids that lie here; their number makes the host wait for the device.
-        found = F.embedding(index[~elsewhere], weight, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
+        # Both see which rows were asked for, and the one that stands in for ids elsewhere was not. So look up only the
+        # ids that lie here; their number makes the host wait for the device.
+        found = F.embedding(row[~elsewhere], weight, padding_idx, None, norm_type, scale_grad_by_freq, sparse)
         out = found.new_zeros((*ids.shape, hidden)).index_put((~elsewhere,), found)
     else:
-        out = F.embedding(index.masked_fill(elsewhere, 0), weight, padding_idx)
-        out = out.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        out = F.embedding(row, weight, padding_idx).masked_fill(elsewhere.unsqueeze(-1), 0.0)
     return reduce_from(out, group)
 
 
+# ---- Cross entropy --------------------------------------------------------------------------------------------------
+
+
+def vocab_parallel_cross_entropy(
+    local: Tensor,
+    target: Tensor,
+    group: Group,
+    *,
+    dim: int = -1,
+    ignore_index: int = -100,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """Return ``F.cross_entropy`` of logits of which each rank holds a slice, the same on every rank.
+
+    One collective in the forward pass (three or four numbers per row and rank) and none backward; no tensor of the size
+    of the vocabulary.
+
+    Args:
+        local: this rank's logits ``[..., V/tp, ...]``.
+        target: classes in [0, V) or ``ignore_index``, int64, the shape of ``local`` without ``dim``.
+        dim: the vocabulary. The others are those of ``F.cross_entropy``.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits).
+
+    Raises:
+        IndexError: a target is outside the vocabulary (on CUDA: a device-side assert, as in torch).
+    """
+    width = local.shape[dim]
+    ignored = target == ignore_index
+    target = target.masked_fill(ignored, 0)
+    _check_range(target, width * group_size(group))
+    rows = local.movedim(dim, -1).reshape(-1, width)
+    loss = _CrossEntropy.apply(rows, target.flatten(), ignored.flatten(), label_smoothing, group)
+    if reduction == "none":
+        return cast(Tensor, loss.view(target.shape))
+    return cast(Tensor, loss.sum() if reduction == "sum" else loss.sum() / ignored.logical_not().sum())
+
+
+class _CrossEntropy(Function):
+    """The loss of each row ``[N]`` of logits ``[N, V/tp]``; keeps the logits, and makes one such tensor backward."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, target: Tensor, ignored: Tensor, smoothing: float, group: Group) -> Tensor:
+        width = rows.shape[1]
+        column, elsewhere = _within(target, group_rank(group) * width, width)
+        # Of this rank's slice: the largest logit, the sum of exp(x - largest), the target's logit, the sum of x.
+        local = rows.new_empty((4 if smoothing else 3, rows.shape[0]), dtype=_wide(rows))
+        for piece in _pieces(rows):
+            x = rows[piece].to(local.dtype)
+            local[0, piece] = x.amax(-1)
+            local[1, piece] = (x - _finite(local[0, piece]).unsqueeze(-1)).exp_().sum(-1)
+            local[2, piece] = x.gather(1, column[piece].unsqueeze(-1)).squeeze(-1).masked_fill_(elsewhere[piece], 0.0)
+            if smoothing:
+                local[3, piece] = x.sum(-1)
+        peaks, sums, picked, *totals = all_gather_stack(local, group).unbind(1)
+        peak, log_sum = _combine(peaks, sums)
+        loss = log_sum - (picked.sum(0) - peak)
+        if smoothing:
+            mean = totals[0].sum(0) / (width * group_size(group))
+            loss = (1.0 - smoothing) * loss + smoothing * (log_sum - (mean - peak))
+        ctx.save_for_backward(rows, column, elsewhere, ignored, peak, log_sum)
+        ctx.smoothing, ctx.vocabulary = smoothing, width * group_size(group)
+        return loss.masked_fill(ignored, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        """(softmax - (1 - smoothing) · onehot - smoothing / V) · grad, of this rank's slice."""
+        rows, column, elsewhere, ignored, peak, log_sum = ctx.saved_tensors
+        scale = grad.masked_fill(ignored, 0.0).unsqueeze(-1)
+        onehot = (1.0 - ctx.smoothing) * scale.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+        for piece in _pieces(rows):
+            x = rows[piece].to(scale.dtype) - peak[piece].unsqueeze(-1)
+            x = x.sub_(log_sum[piece].unsqueeze(-1)).exp_()
+            x = x.sub_(ctx.smoothing / ctx.vocabulary).mul_(scale[piece])
+            out[piece] = x.scatter_add_(1, column[piece].unsqueeze(-1), -onehot[piece])
+        return out, None, None, None, None
+
+
+def _pieces(rows: Tensor) -> Iterator[slice]:
+    step = max(1, PIECE // rows.shape[1])
+    return (slice(start, start + step) for start in range(0, rows.shape[0], step))
+
+
+# ---- Other reductions over the vocabulary ---------------------------------------------------------------------------
+
+
+def _log_normalizer(local: Tensor, dim: int, group: Group) -> tuple[Tensor, Tensor]:
+    """Return the largest logit and, differentiable, ``log(sum(exp(logits - largest)))``, of size 1 along ``dim``.
+
+    In float32 at least, and apart: beside a large logit the second would have no digits left in their sum.
+    """
+    return cast(tuple[Tensor, Tensor], _LogNormalizer.apply(local, dim, group))
+
+
+class _LogNormalizer(Function):
+    @staticmethod
+    def forward(ctx: Any, local: Tensor, dim: int, group: Group) -> tuple[Tensor, Tensor]:
+        wide = local.to(_wide(local))
+        top = wide.amax(dim, keepdim=True)
+        total = (wide - _finite(top)).exp_().sum(dim, keepdim=True)
+        peaks, sums = all_gather_stack(torch.stack((top, total)), group).unbind(1)
+        peak, log_sum = _combine(peaks, sums)
+        ctx.save_for_backward(local, peak, log_sum)
+        ctx.mark_non_differentiable(peak)
+        return peak, log_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
+        local, peak, log_sum = ctx.saved_tensors
+        return (local - peak).sub_(log_sum).exp_().mul_(grad).to(local.dtype), None, None
+
+
+def _argmax(local: Tensor, dim: int, group: Group) -> Tensor:
+    """Return the index of the largest logit, the first of equals, of size 1 along ``dim``."""
+    value, index = local.detach().max(dim, keepdim=True)
+    values = all_gather_stack(value, group)
+    indices = all_gather_stack(index + group_rank(group) * local.shape[dim], group)
+    return indices.gather(0, values.argmax(0, keepdim=True)).squeeze(0)
+
+
+def _pick(local: Tensor, dim: int, index: Tensor, group: Group) -> Tensor:
+    """Return ``logits.gather(dim, index)``, the same on every rank."""
+    width = local.shape[dim]
+    _check_range(index, width * group_size(group))
+    column, elsewhere = _within(index, group_rank(group) * width, width)
+    return reduce_from(local.gather(dim, column).masked_fill(elsewhere, 0), group)
+
+
+def _combine(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the largest logit and log(sum(exp(x - largest))), from each rank's largest and sum ``[tp, ...]``."""
+    peak = _finite(peaks.amax(0))
+    return peak, (sums * (peaks - peak).exp()).sum(0).log()
+
+
+def _finite(peak: Tensor) -> Tensor:
+    """Return zero where it is infinite: a slice that is all masked with -inf has no logit to measure from."""
+    return peak.masked_fill(peak.isinf(), 0.0)
+
+
+def _within(index: Tensor, start: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return the indices counted from ``start``, 0 where that is not in [0, width), and where it is not."""
+    index = index - start
+    elsewhere = (index < 0) | (index >= width)
+    return index.masked_fill(elsewhere, 0), elsewhere
+
+
+def _check_range(index: Tensor, size: int) -> None:
+    """Raise what torch raises for an index outside [0, size): without this, no rank would miss it."""
+    # Looked up in one element that stands for all. On CUDA the kernel asserts, and the host need not wait for it.
+    index.new_zeros(1).expand(size).index_select(0, index.flatten())
+
+
+def _wide(x: Tensor) -> torch.dtype:
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+# ---- The wrapper ----------------------------------------------------------------------------------------------------
+
+
 class VocabParallelLogits(Tensor):
-    """Logits ``[..., V]`` of which each rank of a group holds an equal slice of the vocabulary. See the module's text."""
+    """Logits ``[..., V]`` of which each rank of a group holds an equal slice of the vocabulary (see the module)."""
 
     _local: Tensor  # this rank's slice, with its graph: the truth
     _dim: int  # where the vocabulary is
     _group: ProcessGroup
-    _whole: tuple[int, Tensor] | None  # the gathered logits and the number of writes when they were gathered
-    _writes: list[int]  # how often the memory was written; shared by all that may be views of one another
+    _whole: Tensor | None  # the gathered logits
+    _gathered_at: tuple[int, int | None]  # the writes, and the version of _whole, when they were gathered
+    _writes: list[int]  # how often slices were written; one list for all wrappers that may be views of one another
 
     @staticmethod
     def from_local(local: Tensor, group: Group, dim: int = -1) -> Tensor:
@@ -122,21 +290,30 @@ class VocabParallelLogits(Tensor):
     def to_local(self) -> Tensor:
         """Return this rank's slice, differentiable."""
         if torch.is_grad_enabled() and not self._local.requires_grad and self._requires_grad():
-            # A custom Function made this wrapper (its forward runs without grad) and autograd gave it a history that the
-            # slice knows nothing of.
+            # A custom Function made this wrapper (its forward runs without grad), and autograd gave it a history that
+            # the slice knows nothing of.
             self._local = cast(Tensor, _Adopt.apply(self))
+        if self._whole is not None and self._gathered_at[1] != _version(self._whole):
+            self._write_back()
         return self._local
 
     def full_tensor(self) -> Tensor:
         """Return the whole logits as a plain tensor, differentiable. Collective unless they were gathered before."""
-        local, writes = self.to_local(), self._writes[0]
-        if self._whole is not None and self._whole[0] == writes:
-            # Gathered under no_grad (a metric), they have no graph, and a loss needs one.
-            if self._whole[1].requires_grad or not (local.requires_grad and torch.is_grad_enabled()):
-                return self._whole[1]
-        whole = gather_from(local, self._dim, self._group, grad="slice")
-        self._whole = (writes, whole)
-        return whole
+        local = self.to_local()
+        # Gathered under no_grad (for a metric) they have no graph, and a loss needs one.
+        graph = local.requires_grad and torch.is_grad_enabled()
+        if self._whole is None or self._gathered_at[0] != self._writes[0] or (graph and not self._whole.requires_grad):
+            self._whole = gather_from(local, self._dim, self._group, grad="slice")
+            self._gathered_at = (self._writes[0], _version(self._whole))
+        return self._whole
+
+    def _write_back(self) -> None:
+        """Copy into the slice what was changed in place in the gathered logits, or in a view of them."""
+        whole, self._whole = cast(Tensor, self._whole), None
+        # As it was gathered, not as now: what was written with a graph must keep it, what was written without has none.
+        with torch.set_grad_enabled(whole.requires_grad):
+            self._local.copy_(scatter_to(whole, self._dim, self._group))
+            self._wrote()
 
     def _requires_grad(self) -> bool:
         with torch._C.DisableTorchFunctionSubclass():
@@ -166,7 +343,7 @@ class VocabParallelLogits(Tensor):
         return _on_whole(func, args, kwargs) if result is NotImplemented else result
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """Serve C++ code, which sees no ``__torch_function__``; autograd has done its part already."""
         if func in (torch.ops.aten.view.default, torch.ops.aten.alias.default, torch.ops.aten.detach.default):
             logits = args[0]
@@ -187,7 +364,7 @@ def _make_wrapper(local: Tensor, dim: int, group: ProcessGroup, writes: list[int
     make = cast(Callable[..., VocabParallelLogits], Tensor._make_wrapper_subclass)
     wrapper = make(VocabParallelLogits, shape, dtype=local.dtype, device=local.device)
     wrapper._local, wrapper._dim, wrapper._group = local, dim, group
-    wrapper._whole, wrapper._writes = None, writes
+    wrapper._whole, wrapper._gathered_at, wrapper._writes = None, (0, None), writes
     return wrapper
 
 
@@ -240,30 +417,30 @@ class _Adopt(Function):
 
 def _on_whole(func: Any, args: Any, kwargs: Any) -> Any:
     """Run ``func`` on the gathered logits; what it changed in place goes back into the slices."""
-    met: list[tuple[VocabParallelLogits, Tensor, int | None]] = []
+    met: list[tuple[VocabParallelLogits, Tensor]] = []
 
     def gather(value: Any) -> Any:
         if not isinstance(value, VocabParallelLogits):
             return value
-        whole = value.full_tensor()
-        met.append((value, whole, _version(whole)))
-        return whole
+        met.append((value, value.full_tensor()))
+        return met[-1][1]
 
     result = func(*_map(gather, args), **_map(gather, kwargs))
-    for logits, whole, version in met:
-        if _version(whole) != version or (version is None and _changes(func, kwargs)):
-            logits.to_local().copy_(scatter_to(whole, logits._dim, logits._group))
-            logits._wrote()
-            result = logits if result is whole else result
+    for logits, whole in met:
+        if whole.is_inference() and logits is met[0][0] and _changes(func, kwargs):
+            logits._write_back()
+        logits.to_local()
+        result = logits if result is whole and logits._whole is not whole else result
     return result
 
 
 def _version(x: Tensor) -> int | None:
+    """Return how often ``x``, or a view of it, was changed in place; ``None``: nobody knows."""
     return None if x.is_inference() else x._version
 
 
 def _changes(func: Any, kwargs: Any) -> bool:
-    """Return whether ``func`` changes its first argument, by its name: inference tensors count no versions."""
+    """Return whether ``func`` changes its first argument, by its name; inference tensors count no versions."""
     name = func.__name__
     return name == "__setitem__" or (name.endswith("_") and not name.endswith("__")) or bool(kwargs.get("inplace"))
 
@@ -324,7 +501,7 @@ def _repr(func: Any, args: Any, kwargs: Any) -> str:
 
 
 def _register_hook(func: Any, args: Any, kwargs: Any) -> Any:
-    """Hook the slice; the user's function sees its gradient as vocabulary-parallel. FSDP hooks outputs in every step."""
+    """Hook the slice; the function sees its gradient as vocabulary-parallel. FSDP hooks outputs in every step."""
     logits, hook = args[0], kwargs.get("hook", args[-1])
     dim, group = logits._dim, logits._group  # not logits itself: the hook would keep it alive
 
@@ -362,7 +539,7 @@ def _autograd_grad(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _operand(leader: VocabParallelLogits, value: Any) -> Any:
-    """Return what the slice of ``leader`` meets where ``leader`` meets ``value``; ``NotImplemented`` if they do not fit."""
+    """Return what the slice of ``leader`` meets where that meets ``value``; ``NotImplemented`` if they do not fit."""
     if not isinstance(value, Tensor):
         return value
     behind = leader._local.ndim - leader._dim  # broadcasting counts dimensions from the end
@@ -448,7 +625,7 @@ def _getitem(func: Any, args: Any, kwargs: Any) -> Any:
     items = index if isinstance(index, tuple) else (index,)
     if all(item is None or item is Ellipsis or type(item) in (int, slice) for item in items):
         return _view(func, args, kwargs)
-    # Tensors as indices, in front of the vocabulary. Wherever torch puts their dimensions: what was last is last.
+    # Tensors as indices in front of the vocabulary: wherever torch puts their dimensions, what was last is last.
     ndim = logits._local.ndim
     taken = [_taken(item) for item in items]
     if None in taken or logits._dim != ndim - 1:
@@ -473,227 +650,97 @@ def _taken(item: Any) -> int | None:
 # ---- 3. Over the vocabulary -----------------------------------------------------------------------------------------
 
 
-def _over_vocabulary(logits: VocabParallelLogits, dim: Any) -> bool:
+def _over_vocabulary(logits: VocabParallelLogits, call: dict[str, Any] | None) -> bool:
+    dim = None if call is None else call.get("dim")
     dim = dim[0] if isinstance(dim, (tuple, list)) and len(dim) == 1 else dim
     return type(dim) is int and dim % logits._local.ndim == logits._dim
 
 
-def _argmax(func: Any, args: Any, kwargs: Any) -> Any:
-    call = _arguments(args, kwargs, "input", "dim", "keepdim")
-    if call is None or not _over_vocabulary(args[0], call.get("dim")):
+def _argmax_or_max(func: Any, args: Any, kwargs: Any) -> Any:
+    logits, call = args[0], _arguments(args, kwargs, "input", "dim", "keepdim")
+    if call is None or not _over_vocabulary(logits, call):
         return NotImplemented
-    index = _argmax_of(args[0])
-    return index if call.get("keepdim") else index.squeeze(args[0]._dim)
-
-
-def _max(func: Any, args: Any, kwargs: Any) -> Any:
-    call = _arguments(args, kwargs, "input", "dim", "keepdim")
-    if call is None or not _over_vocabulary(args[0], call.get("dim")):
-        return NotImplemented
-    logits = args[0]
-    index = _argmax_of(logits)
-    value = _pick(logits, index)
-    if not call.get("keepdim"):
-        value, index = value.squeeze(logits._dim), index.squeeze(logits._dim)
-    return torch.return_types.max((value, index))
-
-
-def _argmax_of(logits: VocabParallelLogits) -> Tensor:
-    """Return the indices of the largest logits, the vocabulary being of size 1."""
-    local, dim, group = logits._local.detach(), logits._dim, logits._group
-    value, index = local.max(dim, keepdim=True)
-    values = all_gather_stack(value, group)
-    indices = all_gather_stack(index + group.rank() * local.shape[dim], group)
-    return indices.gather(0, values.argmax(0, keepdim=True)).squeeze(0)
+    dim, keepdim = logits._dim, call.get("keepdim")
+    index = _argmax(logits._local, dim, logits._group)
+    if func.__name__ == "argmax":
+        return index if keepdim else index.squeeze(dim)
+    value = _pick(logits.to_local(), dim, index, logits._group)
+    return torch.return_types.max((value, index) if keepdim else (value.squeeze(dim), index.squeeze(dim)))
 
 
 def _gather(func: Any, args: Any, kwargs: Any) -> Any:
-    call = _arguments(args, kwargs, "input", "dim", "index")
-    if call is None or not _over_vocabulary(args[0], call.get("dim")) or type(call.get("index")) is not Tensor:
+    logits, call = args[0], _arguments(args, kwargs, "input", "dim", "index")
+    if call is None or not _over_vocabulary(logits, call):
         return NotImplemented
-    return _pick(args[0], call["index"])
+    return _pick(logits.to_local(), logits._dim, call["index"], logits._group)
 
 
-def _pick(logits: VocabParallelLogits, index: Tensor) -> Tensor:
-    local, dim, group = logits.to_local(), logits._dim, logits._group
-    _check_range(index, logits._global_shape()[dim])
-    column, elsewhere = _column(index, local.shape[dim], group)
-    return reduce_from(local.gather(dim, column).masked_fill(elsewhere, 0), group)
-
-
-def _sum(func: Any, args: Any, kwargs: Any) -> Any:
-    """Sums and means; over other dimensions than the vocabulary they are local."""
-    call = _arguments(args, kwargs, "input", "dim", "keepdim", "dtype")
+def _sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
+    """Over other dimensions than the vocabulary they are local."""
+    logits, call = args[0], _arguments(args, kwargs, "input", "dim", "keepdim", "dtype")
     if call is None:
         return NotImplemented
-    logits, ndim, dim = args[0], args[0]._local.ndim, call.get("dim")
-    dims = range(ndim) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim
-    dims, keepdim = sorted({d % ndim for d in dims}), bool(call.get("keepdim"))
-    result = func(logits.to_local(), dims, keepdim=keepdim, dtype=call.get("dtype"))
+    local, dim, keepdim, dtype = logits.to_local(), call.get("dim"), bool(call.get("keepdim")), call.get("dtype")
+    dims = range(local.ndim) if dim is None or dim == () else [dim] if isinstance(dim, int) else dim
+    dims = sorted({d % local.ndim for d in dims})
     if logits._dim not in dims:
+        result = func(local, dims, keepdim=keepdim, dtype=dtype)
         return logits._like(result, logits._dim - (0 if keepdim else sum(d < logits._dim for d in dims)))
-    total = reduce_from(result, logits._group)
-    return total / logits._group.size() if func.__name__ == "mean" else total
+    if dtype is None and local.is_floating_point():
+        dtype = local.dtype
+        local = local.to(_wide(local))  # the ranks' sums are added before they are rounded
+    result = reduce_from(
+        func(local, dims, keepdim=keepdim, dtype=None if dtype == local.dtype else dtype), logits._group
+    )
+    result = result / logits._group.size() if func.__name__ == "mean" else result
+    return result if dtype is None else result.to(dtype)
 
 
 def _logsumexp(func: Any, args: Any, kwargs: Any) -> Any:
-    call = _arguments(args, kwargs, "input", "dim", "keepdim")
-    if call is None or not _over_vocabulary(args[0], call.get("dim")):
+    logits, call = args[0], _arguments(args, kwargs, "input", "dim", "keepdim")
+    if call is None or not _over_vocabulary(logits, call):
         return NotImplemented
-    logits = args[0]
-    peak, log_sum = _LogNormalizer.apply(logits.to_local(), logits._dim, logits._group)
+    peak, log_sum = _log_normalizer(logits.to_local(), logits._dim, logits._group)
     result = (peak + log_sum).to(logits._local.dtype)
     return result if call.get("keepdim") else result.squeeze(logits._dim)
 
 
 def _softmax(func: Any, args: Any, kwargs: Any) -> Any:
-    """``softmax`` and ``log_softmax``, which stay split."""
-    stacklevel = ("_stacklevel",) if func in (F.softmax, F.log_softmax) else ()
-    call = _arguments(args, kwargs, "input", "dim", *stacklevel, "dtype")
-    if call is None or not _over_vocabulary(args[0], call.get("dim")):
+    """``softmax`` and ``log_softmax``, whose results stay split."""
+    names = (
+        ("input", "dim", "_stacklevel", "dtype") if func in (F.softmax, F.log_softmax) else ("input", "dim", "dtype")
+    )
+    logits, call = args[0], _arguments(args, kwargs, *names)
+    if call is None or not _over_vocabulary(logits, call):
         return NotImplemented
-    logits, dtype = args[0], call.get("dtype")
-    local = logits.to_local() if dtype is None else logits.to_local().to(dtype)
-    peak, log_sum = _LogNormalizer.apply(local, logits._dim, logits._group)
-    # Each rank's slice uses the normaliser and finds its share of that gradient.
+    local = logits.to_local() if call.get("dtype") is None else logits.to_local().to(call["dtype"])
+    peak, log_sum = _log_normalizer(local, logits._dim, logits._group)
+    # Each rank's slice uses the normaliser, and finds its share of that gradient.
     result = (local - peak) - copy_to(log_sum, logits._group)
     result = result if func.__name__ == "log_softmax" else result.exp()
-    return logits._like(result.to(_autocast(local) if dtype is None else dtype), logits._dim)
-
-
-class _LogNormalizer(Function):
-    """The largest logit and, differentiable, ``log(sum(exp(logits - largest)))``; the vocabulary is of size 1 in both.
-
-    In float32 at least, and apart, because their sum would lose what a large logit leaves no digits for.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, local: Tensor, dim: int, group: ProcessGroup) -> tuple[Tensor, Tensor]:
-        wide = local.to(_wide(local))
-        top = wide.amax(dim, keepdim=True)
-        peaks, sums = all_gather_stack(
-            torch.stack((top, (wide - _finite(top)).exp().sum(dim, keepdim=True))), group
-        ).unbind(1)
-        peak, log_sum = _combine(peaks, sums)
-        ctx.save_for_backward(local, peak, log_sum)
-        ctx.mark_non_differentiable(peak)
-        return peak, log_sum
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
-        local, peak, log_sum = ctx.saved_tensors
-        return (local - peak - log_sum).exp_().mul_(grad).to(local.dtype), None, None
+    dtype = func(local.new_zeros(1), dim=0).dtype if torch.is_autocast_enabled(local.device.type) else local.dtype
+    return logits._like(result.to(dtype), logits._dim)
 
 
 def _cross_entropy(func: Any, args: Any, kwargs: Any) -> Any:
     names = ("input", "target", "weight", "size_average", "ignore_index", "reduce", "reduction", "label_smoothing")
-    call = _arguments(args, kwargs, *names)
+    logits, call = args[0], _arguments(args, kwargs, *names)
     if call is None or any(call.get(name) is not None for name in ("weight", "size_average", "reduce")):
         return NotImplemented
-    logits, target = args[0], call.get("target")
-    reduction, smoothing = call.get("reduction", "mean"), call.get("label_smoothing", 0.0)
-    shape, dim = logits._global_shape(), logits._dim
-    by_class = dim == min(1, len(shape) - 1) and type(target) is Tensor and target.dtype == torch.int64
-    if not by_class or target.shape != (*shape[:dim], *shape[dim + 1 :]):
-        return NotImplemented  # another dimension, probabilities as targets, or what torch has an error for
-    if reduction not in ("mean", "sum", "none") or not 0.0 <= smoothing <= 1.0:
-        return NotImplemented
-    ignored = target == call.get("ignore_index", -100)
+    target, shape, dim = call.get("target"), logits._global_shape(), logits._dim
+    if not isinstance(target, Tensor) or isinstance(target, VocabParallelLogits) or target.dtype != torch.int64:
+        return NotImplemented  # probabilities
+    options = {name: call[name] for name in ("ignore_index", "reduction", "label_smoothing") if name in call}
+    usual = (
+        options.get("reduction", "mean") in ("mean", "sum", "none")
+        and 0.0 <= options.get("label_smoothing", 0.0) <= 1.0
+    )
+    if dim != min(1, len(shape) - 1) or target.shape != (*shape[:dim], *shape[dim + 1 :]) or not usual:
+        return NotImplemented  # classes that are not the vocabulary, or what torch has an error for
     local = logits.to_local()
-    rows = local.movedim(dim, -1).reshape(-1, local.shape[dim])
-    target = target.masked_fill(ignored, 0)
-    _check_range(target, shape[dim])
-    loss = _CrossEntropy.apply(rows, target.flatten(), ignored.flatten(), smoothing, logits._group).view(target.shape)
-    if reduction != "none":
-        loss = loss.sum()
-    if reduction == "mean":
-        loss = loss / ignored.logical_not().sum()
-    return loss.to(_autocast(local))
-
-
-class _CrossEntropy(Function):
-    """The loss of each row ``[N]`` of logits ``[N, V/tp]``, with one collective forward and none backward.
-
-    Forward keeps the logits as they are; backward makes the one tensor that it returns.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, rows: Tensor, target: Tensor, ignored: Tensor, smoothing: float, group: ProcessGroup
-    ) -> Tensor:
-        width = rows.shape[1]
-        column, elsewhere = _column(target, width, group)
-        # Of this rank's slice: the largest logit, the sum of exp(x - largest), the sum of x, the target's logit.
-        local = rows.new_empty((4, rows.shape[0]), dtype=_wide(rows))
-        for piece in _pieces(rows):
-            x = rows[piece].to(local.dtype)
-            local[0, piece] = x.amax(-1)
-            local[1, piece] = (x - _finite(local[0, piece]).unsqueeze(-1)).exp_().sum(-1)
-            local[2, piece] = x.sum(-1) if smoothing else 0.0
-            local[3, piece] = x.gather(1, column[piece].unsqueeze(-1)).squeeze(-1).masked_fill(elsewhere[piece], 0.0)
-        peaks, sums, totals, picked = all_gather_stack(local, group).unbind(1)
-        peak, log_sum = _combine(peaks, sums)
-        loss = (1.0 - smoothing) * (log_sum - (picked.sum(0) - peak))
-        if smoothing:
-            loss += smoothing * (log_sum - (totals.sum(0) / (width * group.size()) - peak))
-        ctx.save_for_backward(rows, column, elsewhere, ignored, peak, log_sum)
-        ctx.smoothing, ctx.vocabulary = smoothing, width * group.size()
-        return loss.masked_fill(ignored, 0.0)
-
-    @staticmethod
-    @once_differentiable  # type: ignore[misc]
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        """(softmax - (1 - smoothing) · onehot - smoothing / V) · grad, on this rank's slice."""
-        rows, column, elsewhere, ignored, peak, log_sum = ctx.saved_tensors
-        scale = grad.masked_fill(ignored, 0.0).unsqueeze(-1)
-        onehot = (ctx.smoothing - 1.0) * scale.masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-        for piece in _pieces(rows):
-            x = rows[piece].to(scale.dtype) - peak[piece].unsqueeze(-1)
-            x = x.sub_(log_sum[piece].unsqueeze(-1)).exp_()
-            x = x.sub_(ctx.smoothing / ctx.vocabulary).mul_(scale[piece])
-            out[piece] = x.scatter_add_(1, column[piece].unsqueeze(-1), onehot[piece])
-        return out, None, None, None, None
-
-
-def _pieces(rows: Tensor) -> Iterator[slice]:
-    step = max(1, PIECE // rows.shape[1])
-    return (slice(start, start + step) for start in range(0, rows.shape[0], step))
-
-
-def _combine(peaks: Tensor, sums: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the largest logit and the log of the sum of all exp(x - largest), from those of each rank ``[tp, ...]``."""
-    peak = peaks.amax(0)
-    base = _finite(peak)
-    return base, (sums * (peaks - base).exp()).sum(0).log()
-
-
-def _finite(peak: Tensor) -> Tensor:
-    """Zero where it is infinite: a slice, or a row, all masked with -inf has no logit to measure from."""
-    return peak.masked_fill(peak.isinf(), 0.0)
-
-
-def _column(index: Tensor, width: int, group: Group) -> tuple[Tensor, Tensor]:
-    """Return the indices within this rank's slice (0 where they are not) and where they are not."""
-    column = index - group_rank(group) * width
-    elsewhere = (column < 0) | (column >= width)
-    return column.masked_fill(elsewhere, 0), elsewhere
-
-
-def _check_range(index: Tensor, size: int) -> None:
-    """Raise what torch raises for an index outside [0, size), which no rank would find in its slice."""
-    # Looked up in one element that stands for all: on CUDA the kernel asserts, and the host need not wait for it.
-    index.new_zeros(1).expand(size).index_select(0, index.flatten())
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _autocast(x: Tensor) -> torch.dtype:
-    """Return the dtype in which autocast gives softmax and losses."""
-    return _wide(x) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    loss = vocab_parallel_cross_entropy(local, target, logits._group, dim=dim, **options)
+    autocast = torch.is_autocast_enabled(local.device.type)
+    return loss.to(func(local.new_zeros(1, 1), target.new_zeros(1)).dtype if autocast else local.dtype)
 
 
 # ---- Which function is which ----------------------------------------------------------------------------------------
@@ -703,18 +750,19 @@ _QUESTIONS = """
     is_signed is_inference is_same_size is_conj is_neg is_contiguous can_cast result_type
 """
 _CASTS = """
-    to type type_as float double half bfloat16 bool int long clone contiguous detach data zeros_like ones_like empty_like
-    full_like
+    to type type_as float double half bfloat16 bool int long clone contiguous detach data zeros_like ones_like
+    empty_like  full_like
 """
 _ELEMENTWISE = """
-    add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod pow float_power neg negative
-    positive abs absolute sign reciprocal square sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos tan tanh atan asinh
-    sigmoid logit erf relu relu6 gelu silu mish elu selu celu leaky_relu softplus softsign logsigmoid tanhshrink hardtanh
-    hardsigmoid hardswish hardshrink softshrink threshold clamp clip clamp_min clamp_max round floor ceil trunc frac
-    nan_to_num maximum minimum fmax fmin lerp addcmul addcdiv where masked_fill copysign hypot atan2 xlogy logaddexp eq ne
-    gt ge lt le greater less isnan isinf isfinite isposinf isneginf isclose logical_not logical_and logical_or logical_xor
-    bitwise_not __rsub__ __rdiv__ __rtruediv__ __floordiv__ __rfloordiv__ __mod__ __rmod__ __pow__ __rpow__ __eq__ __ne__
-    __pos__ __invert__ __and__ __or__ __xor__
+    add sub subtract rsub mul multiply div divide true_divide floor_divide remainder fmod pow float_power neg
+    negative positive abs absolute sign reciprocal square sqrt rsqrt exp exp2 expm1 log log2 log10 log1p sin cos
+    tan tanh atan asinh sigmoid logit erf relu relu6 gelu silu mish elu selu celu leaky_relu softplus softsign
+    logsigmoid tanhshrink hardtanh hardsigmoid hardswish hardshrink softshrink threshold clamp clip clamp_min
+    clamp_max round floor ceil trunc frac nan_to_num maximum minimum fmax fmin lerp addcmul addcdiv where
+    masked_fill copysign hypot atan2 xlogy logaddexp eq ne gt ge lt le greater less isnan isinf isfinite isposinf
+    isneginf isclose logical_not logical_and logical_or logical_xor bitwise_not __rsub__ __rdiv__ __rtruediv__
+    __floordiv__ __rfloordiv__ __mod__ __rmod__ __pow__ __rpow__ __eq__ __ne__ __pos__ __invert__ __and__ __or__
+    __xor__
 """
 _IN_PLACE = """
     add_ sub_ mul_ div_ pow_ neg_ exp_ tanh_ sigmoid_ relu_ clamp_ clamp_min_ clamp_max_ masked_fill_ nan_to_num_
@@ -740,6 +788,7 @@ _ATTRIBUTES = [
 # Wherever the logits stand among the arguments, and where they are the first.
 _ANYWHERE = _named(_QUESTIONS, _ask) | _named(_CASTS, _cast) | _named(_ELEMENTWISE, _elementwise)
 _ANYWHERE |= {f.__get__: _ask for f in _ATTRIBUTES} | {f.__set__: _ask for f in _ATTRIBUTES}
+_ANYWHERE |= {getattr(Tensor, name).__set__: _refuse for name in ("data", "requires_grad", "grad")}
 _ANYWHERE[torch.autograd.grad] = _autograd_grad
 _METHODS = (
     _named(_IN_PLACE, _elementwise)
@@ -753,12 +802,10 @@ _METHODS = (
     | _named("register_hook", _register_hook)
     | _named("retain_grad", _retain_grad)
     | _named("grad", _grad)
-    | _named("argmax", _argmax)
-    | _named("max", _max)
+    | _named("argmax max", _argmax_or_max)
     | _named("gather", _gather)
-    | _named("sum mean", _sum)
+    | _named("sum mean", _sum_or_mean)
     | _named("logsumexp", _logsumexp)
     | _named("softmax log_softmax", _softmax)
     | _named("cross_entropy", _cross_entropy)
-    | {getattr(Tensor, name).__set__: _refuse for name in ("data", "requires_grad", "grad")}
 )

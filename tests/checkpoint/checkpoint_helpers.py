@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +15,12 @@ from typing import Any
 import torch
 
 from kenotron.callbacks_native import crc32c
-from kenotron.checkpoint import LocalTensor, Piece
+from kenotron.checkpoint import LocalTensor, Piece, load_state, load_state_dict, save
 from kenotron.checkpoint.boxes import Box
 from kenotron.checkpoint.format import box_of
+
+#: ``save`` on several ranks at once (conftest.py); returns what each raised.
+SaveOnRanks = Callable[..., list[BaseException | None]]
 
 
 def whole(name: str, tensor: torch.Tensor) -> LocalTensor:
@@ -84,3 +90,21 @@ def flip_bit(file: Path, position: int, bit: int = 0) -> None:
 def leftovers(path: Path) -> list[str]:
     """What stands beside a checkpoint and is named after it."""
     return sorted(other.name for other in path.parent.iterdir() if re.match(rf"\.{re.escape(path.name)}\.", other.name))
+
+
+def save_value(path: Path, save_id: str, value: float = 0.0, **options: Any) -> None:
+    """One rank saves a tensor and a state that both hold ``value``."""
+    tensors = [whole("model/w", torch.full((4,), value))]
+    save(path, tensors, {"value": value}, rank=0, world_size=1, save_id=save_id, **options)
+
+
+def assert_holds(path: Path, value: float) -> None:
+    assert load_state(path) == {"value": value}
+    assert torch.equal(load_state_dict(path)["w"], torch.full((4,), value))
+
+
+def run(script: str, *args: object) -> subprocess.Popen[str]:
+    """Start a Python process with this directory's helpers at hand."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", script, *map(str, args)]
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import threading
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from checkpoint_helpers import SaveOnRanks
 
 from kenotron.checkpoint import LocalTensor, load, manifest, save, writer
-
-SaveOnRanks = Callable[..., list[BaseException | None]]
 
 
 @pytest.fixture

@@ -108,7 +108,7 @@ def test_two_tensors_with_one_key_are_refused() -> None:
 
 
 def test_a_dtype_that_safetensors_does_not_know_is_refused_with_the_tensors_name(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="model/z: safetensors has no dtype for torch.complex128"):
+    with pytest.raises(ValueError, match=r"model/z: safetensors has no dtype for .*complex128"):
         save_alone(tmp_path / "a", whole("model/z", torch.zeros(2, dtype=torch.complex128)))
     assert list(tmp_path.iterdir()) == []
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoint_helpers import flip_bit, forge, holding, rows, tiles, whole
-from conftest import SaveOnRanks
+from checkpoint_helpers import SaveOnRanks, flip_bit, forge, holding, rows, tiles, whole
 
+from kenotron.callbacks_native import crc32c
 from kenotron.checkpoint import (
     CheckpointError,
     ChecksumError,
@@ -225,21 +225,22 @@ def test_a_flipped_bit_in_any_chunk_is_found_and_the_tensor_and_the_file_are_nam
     tmp_path: Path, small_chunks: int
 ) -> None:
     path = save_alone(tmp_path / "a", whole("model/w", FULL), whole("model/v", torch.arange(50).char()))
+    shard = path / SHARD
+    good = shard.read_bytes()
     generator = random.Random(0)
-    manifest = read_manifest(path)
-    num_flips = 0
-    for name, tensor in manifest.tensors.items():
+    num_chunks = 0
+    for name, tensor in read_manifest(path).tensors.items():
         (piece,) = tensor.pieces
         for start in range(piece.begin, piece.end, small_chunks):
-            position = generator.randrange(start, min(start + small_chunks, piece.end))
-            flip_bit(path / SHARD, position, generator.randrange(8))
-            with pytest.raises(ChecksumError, match=rf"{SHARD} is damaged: of the tensor {name} the bytes from {start}"):
+            end = min(start + small_chunks, piece.end)
+            flip_bit(shard, generator.randrange(start, end), generator.randrange(8))
+            with pytest.raises(
+                ChecksumError, match=f"{SHARD} is damaged: of the tensor {name} the bytes from {start} to {end}"
+            ):
                 load_state_dict(path)
-            flip_bit(path / SHARD, position, 0) if False else None
-            save(path, [whole("model/w", FULL), whole("model/v", torch.arange(50).char())], {}, rank=0, world_size=1,
-                 save_id=f"again-{num_flips}")
-            num_flips += 1
-    assert num_flips == 4
+            shard.write_bytes(good)
+            num_chunks += 1
+    assert num_chunks == 4
 
 
 def test_a_flipped_bit_anywhere_in_the_manifest_is_found(tmp_path: Path) -> None:
@@ -280,7 +281,7 @@ def test_what_is_no_checkpoint_is_told(tmp_path: Path) -> None:
     (tmp_path / "foreign" / "manifest.json").write_text("{}")
     for name in ("nothing", "file", "foreign", ""):
         assert not is_checkpoint(tmp_path / name)
-        with pytest.raises(NotACheckpointError, match="is not a checkpoint: no manifest.json"):
+        with pytest.raises(NotACheckpointError, match=r"is not a checkpoint: no manifest\.json"):
             read_manifest(tmp_path / name)
 
 
@@ -357,7 +358,7 @@ def test_pieces_that_share_bytes_are_refused_so_that_a_small_file_cannot_ask_for
         node["tensors"]["model/v"] = node["tensors"]["model/w"]
 
     forge(path, copy)
-    with pytest.raises(ManifestDamagedError, match="model/v and model/w share bytes|model/w and model/v share bytes"):
+    with pytest.raises(ManifestDamagedError, match=r"model/[vw] and model/[vw] share bytes"):
         read_manifest(path)
 
 
@@ -372,8 +373,6 @@ def test_a_state_that_was_never_encoded_is_refused(tmp_path: Path) -> None:
 def test_a_manifest_without_end_is_refused(tmp_path: Path) -> None:
     path = save_alone(tmp_path / "a")
     file = path / "manifest.json"
-    from kenotron.callbacks_native import crc32c
-
     content = file.read_bytes().split(b',"world_size"')[0] + b',"state":' + b"[" * 100_000
     file.write_bytes(content + b',"crc32c":"%08x"}\n' % crc32c(content))
     with pytest.raises(ManifestDamagedError):

@@ -1,61 +1,29 @@
 from __future__ import annotations
 
 import errno
-import importlib
 import json
 import os
-import resource
-import signal
-import subprocess
-import sys
-import threading
-import time
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_helpers import leftovers, rows, whole
-from conftest import SaveOnRanks
+from checkpoint_helpers import SaveOnRanks, assert_holds, rows, run, save_value, whole
 
 from kenotron.checkpoint import (
     CheckpointError,
     CoverageError,
     LocalTensor,
-    NotPublishedError,
     Piece,
-    RanksMissingError,
     SaveFailedError,
-    SyncShardWriter,
-    is_checkpoint,
     load_rank_state,
     load_state,
     load_state_dict,
     read_manifest,
     save,
 )
-from kenotron.checkpoint.format import unpublished
 
 FULL = torch.arange(40.0).reshape(10, 4)
-
-
-def save_alone(path: Path, save_id: str, value: float = 0.0, **options: Any) -> None:
-    """One rank saves a tensor and a state that both hold ``value``."""
-    tensors = [whole("model/w", torch.full((4,), value))]
-    save(path, tensors, {"value": value}, rank=0, world_size=1, save_id=save_id, **options)
-
-
-def assert_holds(path: Path, value: float) -> None:
-    assert load_state(path) == {"value": value}
-    assert torch.equal(load_state_dict(path)["w"], torch.full((4,), value))
-
-
-def run(script: str, *args: object) -> subprocess.Popen[str]:
-    """Start a Python process with this directory's helpers at hand."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, *map(str, args)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 
 
 # ---- What is saved --------------------------------------------------------------------------------------------------
@@ -139,15 +107,15 @@ def test_saving_to_the_same_path_replaces_the_checkpoint(
     if not can_exchange:
         monkeypatch.setattr("kenotron.checkpoint.durable._exchange", lambda a, b: False)
     for value in (1.0, 2.0, 3.0):
-        save_alone(tmp_path / "a", f"s{value:g}", value)
+        save_value(tmp_path / "a", f"s{value:g}", value)
         assert_holds(tmp_path / "a", value)
         assert os.listdir(tmp_path) == ["a"]
 
 
 def test_a_link_is_replaced_and_what_it_points_to_stays(tmp_path: Path) -> None:
-    save_alone(tmp_path / "step", "s1", 1.0)
+    save_value(tmp_path / "step", "s1", 1.0)
     (tmp_path / "last").symlink_to("step")
-    save_alone(tmp_path / "last", "s2", 2.0)
+    save_value(tmp_path / "last", "s2", 2.0)
     assert_holds(tmp_path / "step", 1.0)
     assert_holds(tmp_path / "last", 2.0)
     assert not (tmp_path / "last").is_symlink()
@@ -166,7 +134,7 @@ def test_what_is_not_a_checkpoint_is_never_replaced(tmp_path: Path, save_on_rank
     assert (tmp_path / "thesis" / "chapter").read_text() == "1"
     assert sorted(os.listdir(tmp_path)) == ["file.ckpt", "thesis"]
     (tmp_path / "empty").mkdir()
-    save_alone(tmp_path / "empty", "s1", 1.0)
+    save_value(tmp_path / "empty", "s1", 1.0)
     assert_holds(tmp_path / "empty", 1.0)
 
 
@@ -174,7 +142,7 @@ def test_what_is_not_a_checkpoint_is_never_replaced(tmp_path: Path, save_on_rank
 def test_the_former_checkpoint_survives_when_the_rename_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_on_ranks: SaveOnRanks, can_exchange: bool
 ) -> None:
-    save_alone(tmp_path / "a", "s1", 1.0)
+    save_value(tmp_path / "a", "s1", 1.0)
 
     def refuse(a: Path, b: Path) -> bool:
         if can_exchange:
@@ -248,264 +216,14 @@ def test_arguments_that_cannot_be_honoured_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_save_id_is_used_once(tmp_path: Path) -> None:
-    save_alone(tmp_path / "a", "s1", 1.0)
+    save_value(tmp_path / "a", "s1", 1.0)
     with pytest.raises(ValueError, match="save_id='s1' is published as"):
-        save_alone(tmp_path / "a", "s1", 2.0)
+        save_value(tmp_path / "a", "s1", 2.0)
     assert_holds(tmp_path / "a", 1.0)
-
-
-# ---- Failures -------------------------------------------------------------------------------------------------------
-
-
-class FailingWriter:
-    """Fails half-way, as a full disk does on a file system that cannot reserve."""
-
-    def write(self, path: Path, header: bytes, buffers: Iterable[memoryview], *, num_bytes: int) -> list[list[int]]:
-        path.write_bytes(header)
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
-
-
-@pytest.mark.parametrize("rank", [0, 2])
-def test_a_full_disk_on_one_rank_fails_all_with_one_text(
-    tmp_path: Path, save_on_ranks: SaveOnRanks, rank: int
-) -> None:
-    save_alone(tmp_path / "a", "s1", 1.0)
-    start = time.monotonic()
-    held = [[tensor] for tensor in rows("model/w", FULL, 3)]
-    raised = save_on_ranks(tmp_path / "a", held, per_rank={rank: {"writer": FailingWriter()}})
-    assert [type(error) for error in raised] == [SaveFailedError] * 3
-    assert len({str(error) for error in raised}) == 1
-    assert f"failed on rank {rank}: OSError: [Errno 28] No space left on device" in str(raised[0])
-    assert time.monotonic() - start < 5
-    assert_holds(tmp_path / "a", 1.0)
-    assert leftovers(tmp_path / "a") == []
-
-
-def test_a_file_that_is_too_large_is_found_before_it_is_written(tmp_path: Path) -> None:
-    asked: list[int] = []
-
-    class Watched(SyncShardWriter):
-        def write(self, path: Path, header: bytes, buffers: Iterable[memoryview], **size: int) -> list[list[int]]:
-            return super().write(path, header, (asked.append(1) or buffer for buffer in buffers), **size)
-
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
-    try:
-        with pytest.raises(SaveFailedError, match=r"failed on rank 0: OSError: \[Errno 27\] File too large: .*shard-00001"):
-            save(
-                tmp_path / "a",
-                [whole("w", torch.zeros(1 << 19))],
-                {},
-                rank=0,
-                world_size=1,
-                save_id="x",
-                writer=Watched(),
-            )
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert asked == []
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SaveFailedError, match="failed on rank 0: .*file"):
-        save_alone(tmp_path / "file" / "a", "s1")
-
-
-KILLED_SCRIPT = """
-import os, signal, sys, torch
-from checkpoint_helpers import rows
-from kenotron.checkpoint import save
-
-class Killed:
-    def write(self, path, header, buffers, *, num_bytes):
-        path.write_bytes(header)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-save(sys.argv[1], [rows("model/w", torch.zeros(10, 4), 3)[1]], {}, rank=1, world_size=3, save_id="s2", writer=Killed())
-"""
-
-
-def test_when_a_rank_is_killed_the_others_give_up_and_the_former_checkpoint_stays(
-    tmp_path: Path, save_on_ranks: SaveOnRanks
-) -> None:
-    path = tmp_path / "a"
-    save_alone(path, "s1", 1.0)
-    process = run(KILLED_SCRIPT, path)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    held = rows("model/w", FULL, 3)
-    raised: list[BaseException] = []
-
-    def work(rank: int) -> None:
-        try:
-            save(path, [held[rank]], {}, rank=rank, world_size=3, save_id="s2", timeout_s=1.0)
-        except CheckpointError as error:
-            raised.append(error)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert [type(error) for error in raised] == [RanksMissingError] * 2
-    assert str(raised[0]) == str(raised[1])
-    assert "given up after 1 s: ranks [1] began and did not finish" in str(raised[0])
-    assert_holds(path, 1.0)
-    # The dead rank's mark keeps the directory, without data; the next save sweeps it.
-    left = unpublished(path, "s2")
-    assert [file for _, _, files in os.walk(left) for file in files if "safetensors" in file] == []
-    save_alone(path, "s3", 3.0)
-    assert leftovers(path) == []
-
-
-CRASH_SCRIPT = """
-import importlib, os, signal, sys, torch
-from checkpoint_helpers import whole
-from kenotron.checkpoint import save
-module = importlib.import_module("kenotron.checkpoint.save")
-place = module.put_in_place
-def crash(*args):
-    if sys.argv[2] == "after":
-        place(*args)
-    os.kill(os.getpid(), signal.SIGKILL)
-module.put_in_place = crash
-tensors = [whole("model/w", torch.full((4,), 2.0))]
-save(sys.argv[1], tensors, {"value": 2.0}, rank=0, world_size=1, save_id="s2")
-"""
-
-
-@pytest.mark.parametrize("when", ["before", "after"])
-def test_a_crash_around_the_rename_leaves_the_former_or_the_new_checkpoint(tmp_path: Path, when: str) -> None:
-    path = tmp_path / "a"
-    save_alone(path, "s1", 1.0)
-    process = run(CRASH_SCRIPT, path, when)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    assert_holds(path, 1.0 if when == "before" else 2.0)
-    other = unpublished(path, "s2")
-    assert other.is_dir()
-    assert not is_checkpoint(other)
-    with pytest.raises(NotPublishedError, match="a save left that never came to its end"):
-        load_state(other)
-    save_alone(path, "s3", 3.0)
-    assert_holds(path, 3.0)
-    assert leftovers(path) == []
-
-
-def test_a_crash_between_the_two_renames_loses_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "a"
-    save_alone(path, "s1", 1.0)
-    os.rename(path, unpublished(path, "s2", "replaced"))
-    with pytest.raises(NotPublishedError, match=r"\.a\.s2\.replaced"):
-        load_state(path)
-    with pytest.raises(ValueError, match="cannot store x"):  # whatever the next save does, it puts it back first
-        save(path, [], {"x": object()}, rank=0, world_size=1, save_id="s3")
-    assert_holds(path, 1.0)
-
-
-def test_saves_of_other_checkpoints_are_not_swept(tmp_path: Path) -> None:
-    others = [unpublished(tmp_path / "a.b", "s1"), unpublished(tmp_path / "b", "s1"), tmp_path / ".a.hidden"]
-    for other in others:
-        other.mkdir()
-    save_alone(tmp_path / "a", "s1")
-    assert all(other.is_dir() for other in others)
-
-
-def test_when_rank_0_is_missing_the_others_say_so(tmp_path: Path) -> None:
-    with pytest.raises(RanksMissingError, match=r"given up after 0\.3 s: ranks \[0\] never began"):
-        save(tmp_path / "a", [], {}, rank=1, world_size=2, save_id="x", timeout_s=0.3)
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_save_that_is_swept_away_fails_at_once(tmp_path: Path) -> None:
-    raised: list[BaseException] = []
-
-    def wait_for_rank_0() -> None:
-        try:
-            save(tmp_path / "a", [], {}, rank=1, world_size=2, save_id="x", timeout_s=60)
-        except CheckpointError as error:
-            raised.append(error)
-
-    thread = threading.Thread(target=wait_for_rank_0)
-    thread.start()
-    report = unpublished(tmp_path / "a", "x") / "control" / "report-00001.json"
-    while not report.exists():
-        time.sleep(0.01)
-    save_alone(tmp_path / "a", "y", 1.0)
-    thread.join(10)
-    assert isinstance(raised[0], SaveFailedError)
-    assert "another save to the same path has begun" in str(raised[0])
-    assert_holds(tmp_path / "a", 1.0)
-
-
-# ---- Where other ranks may be dead ----------------------------------------------------------------------------------
-
-
-def test_start_timeout_names_the_missing_ranks_before_anything_is_written(
-    tmp_path: Path, save_on_ranks: SaveOnRanks
-) -> None:
-    save_alone(tmp_path / "a", "s1", 1.0)
-    start = time.monotonic()
-    raised: list[BaseException] = []
-
-    def work(rank: int) -> None:
-        options: dict[str, Any] = {"save_id": "s2", "start_timeout_s": 0.3, "writer": FailingWriter()}
-        try:
-            save(tmp_path / "a", [], {}, rank=rank, world_size=4, **options)
-        except CheckpointError as error:
-            raised.append(error)
-
-    threads = [threading.Thread(target=work, args=(rank,)) for rank in (0, 2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert time.monotonic() - start < 5
-    assert [type(error) for error in raised] == [RanksMissingError] * 2
-    assert "given up after 0.3 s: ranks [1, 3] never began" in str(raised[0])
-    assert str(raised[0]) == str(raised[1])
-    assert_holds(tmp_path / "a", 1.0)
-    assert os.listdir(tmp_path) == ["a"]
-
-
-def test_start_timeout_is_no_hindrance_when_all_are_there(tmp_path: Path, save_on_ranks: SaveOnRanks) -> None:
-    held = [[tensor] for tensor in rows("model/w", FULL, 3)]
-    assert save_on_ranks(tmp_path / "a", held, start_timeout_s=10) == [None] * 3
-
-
-def test_an_interrupt_is_told_to_the_others_and_passes_through(tmp_path: Path, save_on_ranks: SaveOnRanks) -> None:
-    class Interrupted:
-        def write(self, path: Path, *args: object, **options: object) -> list[list[int]]:
-            raise KeyboardInterrupt
-
-    raised = save_on_ranks(tmp_path / "a", [[], []], per_rank={1: {"writer": Interrupted()}})
-    assert [type(error) for error in raised] == [SaveFailedError, KeyboardInterrupt]
-    assert "failed on rank 1: KeyboardInterrupt" in str(raised[0])
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_rank_that_gives_up_while_rank_0_publishes_takes_nothing_away(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, save_on_ranks: SaveOnRanks
-) -> None:
-    module = importlib.import_module("kenotron.checkpoint.save")
-    place = module.put_in_place
-
-    def place_late(*args: Path) -> Path | None:
-        time.sleep(0.5)
-        return place(*args)
-
-    monkeypatch.setattr(module, "put_in_place", place_late)
-    held = [[tensor] for tensor in rows("model/w", FULL, 2)]
-    raised = save_on_ranks(tmp_path / "a", held, per_rank={1: {"timeout_s": 0.1}})
-    assert raised[0] is None
-    assert isinstance(raised[1], RanksMissingError)
-    assert torch.equal(load_state_dict(tmp_path / "a")["w"], FULL)
 
 
 def test_the_manifest_lists_what_the_specification_says(tmp_path: Path) -> None:
-    save_alone(tmp_path / "a", "s1", 1.0)
+    save_value(tmp_path / "a", "s1", 1.0)
     node = json.loads((tmp_path / "a" / "manifest.json").read_text())
     keys = ["format", "version", "save_id", "world_size", "files", "tensors", "state", "rank_states", "crc32c"]
     assert list(node) == keys

@@ -1,0 +1,97 @@
+"""Tiny transformers models and data that the benchmarks train."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from transformers import AutoConfig, AutoModelForCausalLM
+
+VOCABULARY, LENGTH = 256, 16
+
+#: architecture -> settings of its config beyond the common ones
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": 2},
+    "llama-tied": {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True},
+    "llama-bias": {"model_type": "llama", "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "gpt_neox": {},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "olmo2": {"num_key_value_heads": 2},
+    "starcoder2": {"num_key_value_heads": 2},
+    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+    },
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
+}
+
+
+def build(architecture: str, layers: int = 4, **overrides: Any) -> Any:
+    """Return a tiny causal LM of one architecture with random weights."""
+    settings = {**ARCHITECTURES[architecture], **overrides}
+    config = AutoConfig.for_model(
+        settings.pop("model_type", architecture),
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=64,
+        **settings,
+    )
+    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+
+
+class TinyLM(L.LightningModule):
+    """A plain LightningModule around a transformers model."""
+
+    def __init__(self, architecture: str, late: bool = False, lr: float = 1e-3, **settings: Any) -> None:
+        super().__init__()
+        self._build = lambda: build(architecture, **settings)
+        self._lr = lr
+        self.model = None if late else self._build()
+
+    def configure_model(self) -> None:
+        if self.model is None:
+            self.model = self._build()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        assert self.model is not None
+        loss: Tensor = self.model(input_ids=batch, labels=batch, use_cache=False).loss
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        assert self.model is not None
+        self.log("val_loss", self.model(input_ids=batch, labels=batch, use_cache=False).loss, sync_dist=True)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self._lr)
+
+
+class Tokens(Dataset[Tensor]):
+    """Random token sequences, the same in every process."""
+
+    def __init__(self, count: int, length: int = LENGTH) -> None:
+        self._ids = torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(7))
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return self._ids[index]
+
+
+def loader_of_rank(steps: int, global_batch: int, dp_rank: int, dp_size: int) -> DataLoader[Tensor]:
+    """Return the batches of one data-parallel rank: its slice of each global batch, so that layouts see the same ones."""
+    size = global_batch // dp_size
+    batches = [list(range(s * global_batch + dp_rank * size, s * global_batch + (dp_rank + 1) * size)) for s in range(steps)]
+    return DataLoader(Tokens(steps * global_batch), batch_sampler=batches)

@@ -1,0 +1,146 @@
+"""A pool of local processes that run functions as the ranks of a job, again and again, without paying for imports twice.
+
+For tests and benchmarks of distributed code on one machine:
+
+    with RankPool(4) as pool:
+        losses = pool.run(train, 4, settings)        # train(settings) runs on 4 ranks; a list of 4 results
+
+Each run sees the environment that ``torchrun`` makes (``RANK``, ``WORLD_SIZE``, ``MASTER_ADDR`` …) with a port of its own.
+"""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import os
+import socket
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from types import TracebackType
+from typing import Any
+
+_VARIABLES = (
+    "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
+)  # fmt: skip
+
+
+class RanksFailedError(RuntimeError):
+    """A function failed on some rank; the message holds every rank's traceback."""
+
+
+class RankPool:
+    """Up to ``size`` processes that stay alive between runs. A failure ends them all; the next run starts new ones.
+
+    Args:
+        size: the most ranks that a run may have. threads: torch's threads in each.
+    """
+
+    def __init__(self, size: int, threads: int = 1) -> None:
+        self._size = size
+        self._threads = threads
+        self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+
+    def __enter__(self) -> RankPool:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def run(
+        self, function: Callable[..., Any], num_ranks: int, *args: Any, timeout_s: float = 120.0, **kwargs: Any
+    ) -> list[Any]:
+        """Run ``function(*args, **kwargs)`` on ``num_ranks`` ranks.
+
+        Returns:
+            What each rank returned, by rank.
+
+        Raises:
+            RanksFailedError: a rank raised, died or took longer than ``timeout_s``.
+        """
+        if num_ranks > self._size:
+            raise ValueError(f"num_ranks={num_ranks}, but this pool has {self._size} processes.")
+        while len(self._workers) < num_ranks:
+            self._workers.append(_start_worker(self._threads))
+        port = _free_port()
+        pipes = [pipe for _, pipe in self._workers[:num_ranks]]
+        for rank, pipe in enumerate(pipes):
+            pipe.send((_environment(rank, num_ranks, port), function, args, kwargs))
+        results = _collect(pipes, timeout_s)
+        failures = {rank: text for rank, (ok, text) in enumerate(results) if not ok}
+        if failures:
+            self.close()
+            texts = "\n".join(f"--- rank {rank} of {num_ranks} ---\n{text}" for rank, text in failures.items())
+            raise RanksFailedError(f"{function.__name__} failed on ranks {sorted(failures)}:\n{texts}")
+        return [value for _, value in results]
+
+    def close(self) -> None:
+        """End all processes."""
+        for process, pipe in self._workers:
+            process.kill()
+            process.join()
+            pipe.close()
+        self._workers = []
+
+
+def _start_worker(threads: int) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
+    process.start()
+    theirs.close()
+    return process, ours
+
+
+def _serve(pipe: Connection, threads: int) -> None:
+    import torch
+
+    torch.set_num_threads(threads)
+    while True:
+        try:
+            environment, function, args, kwargs = pipe.recv()
+        except EOFError:
+            return
+        os.environ.update(environment)
+        try:
+            reply = True, function(*args, **kwargs)
+        except BaseException:
+            reply = False, traceback.format_exc()
+        pipe.send(reply)
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        for name in _VARIABLES:
+            os.environ.pop(name, None)
+        gc.collect()
+
+
+def _collect(pipes: list[Connection], timeout_s: float) -> list[tuple[bool, Any]]:
+    """Wait for all ranks; after the first failure the others have a few seconds to fail, too."""
+    results: dict[Connection, tuple[bool, Any]] = {}
+    deadline = time.monotonic() + timeout_s
+    while len(results) < len(pipes):
+        ready = wait([pipe for pipe in pipes if pipe not in results], timeout=max(0.0, deadline - time.monotonic()))
+        if not ready:
+            break
+        for pipe in ready:
+            assert isinstance(pipe, Connection)
+            try:
+                results[pipe] = pipe.recv()
+            except (EOFError, OSError):
+                results[pipe] = False, "the process died"
+            if not results[pipe][0]:
+                deadline = min(deadline, time.monotonic() + 10.0)
+    return [results.get(pipe, (False, "did not finish in time")) for pipe in pipes]
+
+
+def _environment(rank: int, num_ranks: int, port: int) -> dict[str, str]:
+    values = (rank, rank, num_ranks, num_ranks, 0, "127.0.0.1", port, "kenotron-pool")
+    return {name: str(value) for name, value in zip(_VARIABLES, values, strict=True)}
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
