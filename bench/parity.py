@@ -28,7 +28,7 @@ from kenotron.testing import RankPool, RanksFailedError
 STEPS, GLOBAL_BATCH = 20, 16
 LOSS_BAR, WEIGHT_BAR = 1e-5, 1e-4
 #: A key bias shifts all scores of a query alike, which softmax does not see: its gradient is zero, its update noise.
-NO_GRADIENT = ("*k_proj.bias", "*key.bias")
+NO_GRADIENT = ("*k_proj.bias", "*key.bias", "*query_key_value.bias")
 
 
 @dataclass(frozen=True)

@@ -225,7 +225,9 @@ def _tensor_parallel(
             "'model.layers.*.attn.out': 'rowwise', 'model.layers.*.mlp.up': 'colwise', 'model.layers.*.mlp.down': 'rowwise'}, "
             "or set tp=1 and more dp."
         )
-    styles = {name: style for name, style in plan.resolve(root).items() if not _is_absent(done, name)}
+    styles = plan.resolve(root)
+    _check_ties(done, styles)
+    styles = {name: style for name, style in styles.items() if not _is_absent(done, name)}
     group = mesh["tp"].get_group()
     tp = tensor.TensorParallel(group=group, rank=mesh["tp"].get_local_rank(), size=tp_size, shards=done.shards)
     regions: dict[str, tensor.SequenceRegions] = {}
@@ -240,6 +242,19 @@ def _tensor_parallel(
     done.shards.use_canonical_names(done.aliases)
     done.applied.append("tensor")
     return _group_of_shared_heads(done.shards, mesh)
+
+
+def _check_ties(done: Parallelized, styles: dict[str, str]) -> None:
+    """Tied weights must be cut alike; under pp each stage would only see its own end."""
+    cuts = {canonical(name): style for name, style in styles.items()}
+    by_vocabulary = {"vocab_embedding", "vocab_head"}
+    for alias, first in done.aliases.items():
+        found = [cuts.get(name.rpartition(".")[0]) for name in (first, alias)]
+        if found[0] != found[1] and not set(found) <= by_vocabulary:
+            raise ValueError(
+                f"{alias} is tied to {first}, but the plan cuts one as {found[1]!r} and the other as {found[0]!r}. Cut both by "
+                "vocabulary ('vocab_head' and 'vocab_embedding'), or leave both out of the plan."
+            )
 
 
 def _is_absent(done: Parallelized, name: str) -> bool:

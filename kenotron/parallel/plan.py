@@ -154,7 +154,7 @@ def _transformers_plan(name: str, model: Any) -> dict[str, str]:
         head_name = next(n for n, m in model.named_modules() if m is head)
         embedding_name = next(n for n, m in model.named_modules() if m is embedding)
         styles[_join(name, head_name)] = "vocab_head"
-        if type(embedding).forward is nn.Embedding.forward:
+        if isinstance(embedding, nn.Embedding):
             styles[_join(name, embedding_name)] = "vocab_embedding"
     return styles
 

@@ -686,14 +686,12 @@ def _sum_or_mean(func: Any, args: Any, kwargs: Any) -> Any:
     if logits._dim not in dims:
         result = func(local, dims, keepdim=keepdim, dtype=dtype)
         return logits._like(result, logits._dim - (0 if keepdim else sum(d < logits._dim for d in dims)))
-    if dtype is None and local.is_floating_point():
-        dtype = local.dtype
-        local = local.to(_wide(local))  # the ranks' sums are added before they are rounded
-    result = reduce_from(
-        func(local, dims, keepdim=keepdim, dtype=None if dtype == local.dtype else dtype), logits._group
-    )
+    rounded = dtype or (local.dtype if local.is_floating_point() else None)
+    if dtype is None and rounded is not None:
+        dtype = _wide(local)  # what the ranks found is added before it is rounded
+    result = reduce_from(func(local, dims, keepdim=keepdim, dtype=dtype), logits._group)
     result = result / logits._group.size() if func.__name__ == "mean" else result
-    return result if dtype is None else result.to(dtype)
+    return result if rounded is None else result.to(rounded)
 
 
 def _logsumexp(func: Any, args: Any, kwargs: Any) -> Any:

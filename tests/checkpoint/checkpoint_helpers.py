@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -101,10 +98,3 @@ def save_value(path: Path, save_id: str, value: float = 0.0, **options: Any) -> 
 def assert_holds(path: Path, value: float) -> None:
     assert load_state(path) == {"value": value}
     assert torch.equal(load_state_dict(path)["w"], torch.full((4,), value))
-
-
-def run(script: str, *args: object) -> subprocess.Popen[str]:
-    """Start a Python process with this directory's helpers at hand."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", script, *map(str, args)]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)

@@ -7,13 +7,13 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_helpers import SaveOnRanks, assert_holds, leftovers, rows, run, save_value, whole
+from checkpoint_helpers import SaveOnRanks, assert_holds, leftovers, rows, save_value, whole
 
 from kenotron.checkpoint import (
     CheckpointError,
@@ -49,7 +49,7 @@ def test_a_full_disk_on_one_rank_fails_all_with_one_text(tmp_path: Path, save_on
     assert [type(error) for error in raised] == [SaveFailedError] * 3
     assert len({str(error) for error in raised}) == 1
     assert f"failed on rank {rank}: OSError: [Errno 28] No space left on device" in str(raised[0])
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30  # not the ten minutes of timeout_s
     assert_holds(tmp_path / "a", 1.0)
     assert leftovers(tmp_path / "a") == []
 
@@ -88,34 +88,42 @@ def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path) -> None:
         save_value(tmp_path / "file" / "a", "s1")
 
 
-KILLED_SCRIPT = """
-import os, signal, sys, torch
-from checkpoint_helpers import rows
-from kenotron.checkpoint import save
+def run_and_be_killed(work: Callable[[], object]) -> None:
+    """Run ``work`` in a process of its own, which must end by SIGKILL."""
+    process = os.fork()
+    if process == 0:
+        try:
+            work()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(process, 0)
+    assert os.WIFSIGNALED(status)
+    assert os.WTERMSIG(status) == signal.SIGKILL
 
-class Killed:
-    def write(self, path, header, buffers, *, num_bytes):
+
+def kill_this_process() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class KilledWriter:
+    """Is killed half-way."""
+
+    def write(self, path: Path, header: bytes, buffers: Iterable[memoryview], *, num_bytes: int) -> list[list[int]]:
         path.write_bytes(header)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-save(sys.argv[1], [rows("model/w", torch.zeros(10, 4), 3)[1]], {}, rank=1, world_size=3, save_id="s2", writer=Killed())
-"""
+        kill_this_process()
+        return []
 
 
-def test_when_a_rank_is_killed_the_others_give_up_and_the_former_checkpoint_stays(
-    tmp_path: Path, save_on_ranks: SaveOnRanks
-) -> None:
+def test_when_a_rank_is_killed_the_others_give_up_and_the_former_checkpoint_stays(tmp_path: Path) -> None:
     path = tmp_path / "a"
     save_value(path, "s1", 1.0)
-    process = run(KILLED_SCRIPT, path)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    run_and_be_killed(lambda: save(path, [], {}, rank=1, world_size=3, save_id="s2", writer=KilledWriter()))
     held = rows("model/w", FULL, 3)
     raised: list[BaseException] = []
 
     def work(rank: int) -> None:
         try:
-            save(path, [held[rank]], {}, rank=rank, world_size=3, save_id="s2", timeout_s=1.0)
+            save(path, [held[rank]], {}, rank=rank, world_size=3, save_id="s2", timeout_s=2.0)
         except CheckpointError as error:
             raised.append(error)
 
@@ -126,7 +134,7 @@ def test_when_a_rank_is_killed_the_others_give_up_and_the_former_checkpoint_stay
         thread.join()
     assert [type(error) for error in raised] == [RanksMissingError] * 2
     assert str(raised[0]) == str(raised[1])
-    assert "given up after 1 s: ranks [1] began and did not finish" in str(raised[0])
+    assert "given up after 2 s: ranks [1] began and did not finish" in str(raised[0])
     assert_holds(path, 1.0)
     # The dead rank's mark keeps the directory, without data; the next save sweeps it.
     left = unpublished(path, "s2")
@@ -135,29 +143,21 @@ def test_when_a_rank_is_killed_the_others_give_up_and_the_former_checkpoint_stay
     assert leftovers(path) == []
 
 
-CRASH_SCRIPT = """
-import importlib, os, signal, sys, torch
-from checkpoint_helpers import whole
-from kenotron.checkpoint import save
-module = importlib.import_module("kenotron.checkpoint.save")
-place = module.put_in_place
-def crash(*args):
-    if sys.argv[2] == "after":
-        place(*args)
-    os.kill(os.getpid(), signal.SIGKILL)
-module.put_in_place = crash
-tensors = [whole("model/w", torch.full((4,), 2.0))]
-save(sys.argv[1], tensors, {"value": 2.0}, rank=0, world_size=1, save_id="s2")
-"""
-
-
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_a_crash_around_the_rename_leaves_the_former_or_the_new_checkpoint(tmp_path: Path, when: str) -> None:
     path = tmp_path / "a"
     save_value(path, "s1", 1.0)
-    process = run(CRASH_SCRIPT, path, when)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    module = importlib.import_module("kenotron.checkpoint.save")
+    place = module.put_in_place
+
+    def place_and_crash(*args: Path) -> None:
+        if when == "after":
+            place(*args)
+        kill_this_process()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "put_in_place", place_and_crash)
+        run_and_be_killed(lambda: save_value(path, "s2", 2.0))
     assert_holds(path, 1.0 if when == "before" else 2.0)
     other = unpublished(path, "s2")
     assert other.is_dir()
@@ -214,7 +214,7 @@ def test_a_save_that_is_swept_away_fails_at_once(tmp_path: Path) -> None:
     while not report.exists():
         time.sleep(0.01)
     save_value(tmp_path / "a", "y", 1.0)
-    thread.join(10)
+    thread.join(30)
     assert isinstance(raised[0], SaveFailedError)
     assert "another save to the same path has begun" in str(raised[0])
     assert_holds(tmp_path / "a", 1.0)
@@ -231,7 +231,7 @@ def test_start_timeout_names_the_missing_ranks_before_anything_is_written(
     raised: list[BaseException] = []
 
     def work(rank: int) -> None:
-        options: dict[str, Any] = {"save_id": "s2", "start_timeout_s": 0.3, "writer": FailingWriter()}
+        options: dict[str, Any] = {"save_id": "s2", "start_timeout_s": 1.0, "writer": FailingWriter()}
         try:
             save(tmp_path / "a", [], {}, rank=rank, world_size=4, **options)
         except CheckpointError as error:
@@ -242,9 +242,9 @@ def test_start_timeout_names_the_missing_ranks_before_anything_is_written(
         thread.start()
     for thread in threads:
         thread.join()
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 30  # not the ten minutes of timeout_s
     assert [type(error) for error in raised] == [RanksMissingError] * 2
-    assert "given up after 0.3 s: ranks [1, 3] never began" in str(raised[0])
+    assert "given up after 1 s: ranks [1, 3] never began" in str(raised[0])
     assert str(raised[0]) == str(raised[1])
     assert_holds(tmp_path / "a", 1.0)
     assert os.listdir(tmp_path) == ["a"]

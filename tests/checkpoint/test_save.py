@@ -3,12 +3,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from checkpoint_helpers import SaveOnRanks, assert_holds, rows, run, save_value, whole
+from checkpoint_helpers import SaveOnRanks, assert_holds, rows, save_value, whole
 
 from kenotron.checkpoint import (
     CheckpointError,
@@ -76,24 +78,33 @@ def test_pickles_need_to_be_allowed_and_are_kept_apart(tmp_path: Path, save_on_r
         load_state(tmp_path / "a")
 
 
-RANK_SCRIPT = """
-import sys, torch
+RANKS_SCRIPT = """
+import multiprocessing, sys, torch
 from checkpoint_helpers import rows
 from kenotron.checkpoint import save
-path, rank, world_size = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-for step in range(2):  # the second replaces the first
-    full = torch.arange(40.0).reshape(10, 4) + step
-    save(path, [rows("model/w", full, world_size)[rank]], {"step": step}, rank=rank, world_size=world_size,
-         save_id=f"s{step}", rank_state={"me": rank}, timeout_s=60)
+
+def work(rank, world_size):
+    for step in range(2):  # the second replaces the first
+        full = torch.arange(40.0).reshape(10, 4) + step
+        save(sys.argv[1], [rows("model/w", full, world_size)[rank]], {"step": step}, rank=rank, world_size=world_size,
+             save_id=f"s{step}", rank_state={"me": rank}, timeout_s=120)
+
+start = multiprocessing.get_context("fork").Process  # so that torch is imported once
+ranks = [start(target=work, args=(rank, 4)) for rank in range(4)]
+[rank.start() for rank in ranks]
+[rank.join() for rank in ranks]
+sys.exit(sum(rank.exitcode != 0 for rank in ranks))
 """
 
 
 def test_processes_save_together_and_replace_what_they_saved(tmp_path: Path) -> None:
-    processes = [run(RANK_SCRIPT, tmp_path / "a", rank, 3) for rank in range(3)]
-    assert [(process.communicate()[1], process.returncode) for process in processes] == [("", 0)] * 3
+    helpers = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    command = [sys.executable, "-c", RANKS_SCRIPT, str(tmp_path / "a")]
+    ended = subprocess.run(command, env=os.environ | helpers, stderr=subprocess.PIPE, text=True)
+    assert (ended.stderr, ended.returncode) == ("", 0)
     assert torch.equal(load_state_dict(tmp_path / "a")["w"], FULL + 1)
     assert load_state(tmp_path / "a") == {"step": 1}
-    assert [load_rank_state(tmp_path / "a", rank) for rank in range(3)] == [{"me": rank} for rank in range(3)]
+    assert [load_rank_state(tmp_path / "a", rank) for rank in range(4)] == [{"me": rank} for rank in range(4)]
     assert os.listdir(tmp_path) == ["a"]
 
 
