@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -153,8 +153,10 @@ class ParallelLayout:
         """
         from torch.distributed.device_mesh import init_device_mesh
 
+        from kenotron.parallel._torch import group_options
+
         # A group made by a mesh does not inherit the time-out that init_process_group was given.
-        overrides = None if timeout is None else {axis: (None, _options(device_type, timeout)) for axis in AXES}
+        overrides: Any = None if timeout is None else {axis: (None, group_options(device_type, timeout)) for axis in AXES}
         return init_device_mesh(device_type, self.sizes, mesh_dim_names=AXES, backend_override=overrides)
 
     def __str__(self) -> str:
@@ -179,19 +181,6 @@ class ParallelLayout:
 
     def _named_sizes(self) -> list[tuple[str, int]]:
         return [("pp", self.pp), ("dp", self.dp_size), ("cp", self.cp), ("tp", self.tp), ("ep", self.ep)]
-
-
-def _options(device_type: str, timeout: timedelta) -> object:
-    from torch.distributed import ProcessGroup, ProcessGroupGloo
-
-    if device_type == "cuda":
-        from torch.distributed import ProcessGroupNCCL
-
-        options: ProcessGroup.Options = ProcessGroupNCCL.Options()
-    else:
-        options = ProcessGroupGloo._Options()
-    options._timeout = timeout
-    return options
 
 
 def _check_size(name: str, value: object) -> None:

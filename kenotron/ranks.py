@@ -45,7 +45,7 @@ class RankMonitor:
     """
 
     def __init__(self, store: dist.Store, rank: int, world_size: int, name: str = "0") -> None:
-        self._store = dist.PrefixStore(f"kenotron/{name}", store.clone())
+        self._store = dist.PrefixStore(f"kenotron/{name}", store.clone())  # type: ignore[attr-defined]
         self._rank = rank
         self._world_size = world_size
         self._lock = threading.Condition()

@@ -51,6 +51,12 @@ class Names:
         self.MixedPrecision: Any = load(f"{package}.plugins.precision", "MixedPrecision")
 
 
+def set_rank(names: Names, rank: int) -> None:
+    """Tell Lightning's and lightning_utilities' ``rank_zero_only`` who this is."""
+    utilities = importlib.import_module("lightning_utilities.core.rank_zero")
+    names.rank_zero_only.rank = utilities.rank_zero_only.rank = rank
+
+
 def skip_backward(trainer: Any) -> None:
     """Keep Lightning from zeroing gradients and going backward around ``training_step``: a pipeline does both inside of it."""
     assert hasattr(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward")
@@ -65,7 +71,7 @@ def zero_grad(trainer: Any, batch_idx: int, optimizer: Optimizer) -> None:
 
 
 def current_batch_idx(trainer: Any) -> int:
-    return trainer.fit_loop.epoch_loop.batch_idx  # type: ignore[no-any-return]
+    return trainer.fit_loop.epoch_loop.batch_idx
 
 
 def replace_sigterm_polling(trainer: Any, on_signal: Callable[[], None], at_boundary: Callable[[], bool], stop: Any) -> None:
@@ -109,11 +115,11 @@ def call_hook(trainer: Any, package: str, name: str, *args: Any) -> None:
 
 def set_device_mesh(module: nn.Module, mesh: Any) -> None:
     """Let user code read ``self.device_mesh``."""
-    module._device_mesh = mesh  # type: ignore[assignment]
+    module._device_mesh = mesh
 
 
 def as_tensor_loss(output: Any) -> Tensor | None:
     """Return the loss in what ``training_step`` returned."""
     if isinstance(output, dict):
         return output.get("loss")
-    return output  # type: ignore[no-any-return]
+    return output

@@ -197,7 +197,7 @@ class LogRelay:
             metric = self._module.get_submodule(name)
             self._shared[name] = SharedMetric(metric, self._group, self._last_rank, self._device)
         shared = self._shared[name]
-        shared._forward_cache = last_value
+        shared.__dict__["_forward_cache"] = last_value
         return shared
 
 
@@ -212,7 +212,7 @@ class SharedMetric(Metric):
 
     def __init__(self, metric: Metric, group: dist.ProcessGroup, last_rank: int, device: torch.device) -> None:
         super().__init__()
-        object.__setattr__(self, "_metric", metric)
+        self._metric_of = lambda: metric  # not a child module: Lightning and torchmetrics walk children
         self._send_group, self._last_rank, self._target = group, last_rank, device
 
     def update(self, *args: Any, **kwargs: Any) -> None:
@@ -224,12 +224,12 @@ class SharedMetric(Metric):
     def compute(self) -> Tensor:
         value = torch.zeros((), device=self._target)
         if dist.get_rank() == self._last_rank:
-            value = torch.as_tensor(self._metric.compute(), dtype=torch.float32, device=self._target).reshape(()).clone()
+            value = torch.as_tensor(self._metric_of().compute(), dtype=torch.float32, device=self._target).reshape(()).clone()
         dist.broadcast(value, self._last_rank, group=self._send_group)
         return value
 
     def reset(self) -> None:
-        self._metric.reset()
+        self._metric_of().reset()
         self._forward_cache = None
 
     def to(self, *args: Any, **kwargs: Any) -> SharedMetric:

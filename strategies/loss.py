@@ -26,8 +26,11 @@ class StepLoss:
     num_tokens: Tensor | None = None
 
     @staticmethod
-    def of(output: Any) -> StepLoss:
+    def of(output: Any, *, of_microbatch: bool = False) -> StepLoss:
         """Return the loss in a step's output.
+
+        Args:
+            of_microbatch: a loss of one element is no scalar then: it may be that of a microbatch of one sample.
 
         Raises:
             ValueError: there is none, or it is not a scalar.
@@ -38,7 +41,7 @@ class StepLoss:
                 f"training_step returned {type(output).__name__} without a loss tensor. Return a scalar tensor, "
                 "{'loss': mean, ...}, or {'loss': sum, 'num_tokens': count}. With pp > 1 a step can't be skipped with None."
             )
-        if loss.numel() != 1:
+        if loss.ndim if of_microbatch else loss.numel() != 1:
             raise ValueError(
                 f"training_step returned a loss of shape {tuple(loss.shape)}; it must be a scalar. Return loss.mean(), or "
                 "{'loss': loss.sum(), 'num_tokens': loss.numel()}."

@@ -164,7 +164,8 @@ class CheckpointState:
         tensors: list[LocalTensor] = []
         numbers: list[tuple[dict[str, Any], str]] = []
         for name, param in self._own_parameters(optimizer):
-            group, state = group_of[id(param)], {}
+            group = group_of[id(param)]
+            state: dict[str, Any] = {}
             for key in keys.get(f"optimizer.{index}/{name}", ()):
                 stored = manifest.tensors[f"optimizer.{index}/{name}/{key}"]
                 counters_on_device = bool(group.get("capturable") or group.get("fused"))

@@ -74,7 +74,7 @@ class PipelineSteps:
             with self._microbatch(context) as recorded:
                 output = step(microbatches[index], *rest)
             calls[index] = recorded
-            loss = losses[index] = StepLoss.of(output)
+            loss = losses[index] = StepLoss.of(output, of_microbatch=True)
             return scale(self._tokens.to_differentiate(loss, weights[index] / accumulate))
 
         def probe(index: int) -> Any:

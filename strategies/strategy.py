@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
-from lightning_utilities.core.rank_zero import rank_zero_only as utils_rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
@@ -28,6 +27,7 @@ from torchmetrics import Metric
 from kenotron import checkpoint as checkpoints
 from kenotron.layout import ParallelLayout, ZeroStage
 from kenotron.parallel import pipeline as pipelines
+from kenotron.parallel._torch import default_store, flatten
 from kenotron.parallel.apply import Parallelized, Request, parallelize
 from kenotron.parallel.grads import clip_by_norm, clip_by_value
 from kenotron.parallel.plan import ParallelPlan
@@ -50,7 +50,10 @@ from kenotron.strategies.state import CheckpointState
 from kenotron.strategies.steps import PipelineSteps
 
 if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ParallelStrategy as _LightningStrategy
     from torch.distributed.device_mesh import DeviceMesh
+else:  # mixed in by `strategy_class`, from either of Lightning's packages
+    _LightningStrategy = object
 
 _monitors = itertools.count()
 
@@ -60,7 +63,7 @@ _HOOKS_WITH_RESULTS = tuple(
 )
 
 
-class KenotronStrategyBase:
+class KenotronStrategyBase(_LightningStrategy):
     """Train any LightningModule on data × tensor × pipeline parallelism.
 
     Args:
@@ -122,7 +125,7 @@ class KenotronStrategyBase:
         self._sequence_parallel, self._blocks, self._plan = sequence_parallel, blocks, ParallelPlan.of(plan)
         self._group_settings = process_group or ProcessGroupSettings()
         self._checkpoint_settings = checkpoint or CheckpointSettings()
-        super().__init__(  # type: ignore[call-arg]
+        super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
             cluster_environment=cluster_environment,
@@ -144,6 +147,11 @@ class KenotronStrategyBase:
         self.last_grad_norm: Tensor | None = None
 
     # ----------------------------------------------------------------------------------------------- who and where
+
+    @property
+    def _user_module(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module
 
     @property
     def layout(self) -> ParallelLayout:
@@ -187,7 +195,7 @@ class KenotronStrategyBase:
         if self.cluster_environment is not None and self.parallel_devices:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
-        self.names.rank_zero_only.rank = utils_rank_zero_only.rank = self.global_rank
+        _lightning.set_rank(self.names, self.global_rank)
 
     def _configure_launcher(self) -> None:
         if self.num_processes * self.num_nodes == 1:
@@ -200,7 +208,7 @@ class KenotronStrategyBase:
     # ------------------------------------------------------------------------------------------------ environment
 
     def setup_environment(self) -> None:
-        super().setup_environment()  # type: ignore[misc]
+        super().setup_environment()
         self.names.reset_seed()
         self.set_world_ranks()
         self._layout = self._wanted.resolve(self.world_size)
@@ -212,11 +220,11 @@ class KenotronStrategyBase:
         self.names.init_dist_connection(self.cluster_environment, backend, timeout=settings.timeout)
         if self._mesh is None:
             self._mesh = self._layout.device_mesh(self.root_device.type, settings.timeout)
-            self._dp_group = self._mesh["dp_replicate", "dp_shard"]._flatten("dp").get_group()
+            self._dp_group = flatten(self._mesh, "dp_replicate", "dp_shard", name="dp").get_group()
             self._host_pp_group = self._host_group()
-        store = dist.distributed_c10d._get_default_store()
+        store = default_store()
         self._monitor = RankMonitor(store, self.global_rank, self.world_size, name=str(next(_monitors)))
-        _lightning.set_device_mesh(self.lightning_module, self._mesh)
+        _lightning.set_device_mesh(self._user_module, self._mesh)
         self._agree_on_seed()
 
     def _host_group(self) -> dist.ProcessGroup:
@@ -248,7 +256,7 @@ class KenotronStrategyBase:
     def setup(self, trainer: Any) -> None:
         assert self.accelerator is not None
         self.accelerator.setup(trainer)
-        module = self.lightning_module
+        module = self._user_module
         self._check(module)
         check_precision(self.precision_plugin, self.layout)
         self.model = self.precision_plugin.convert_module(module)
@@ -274,7 +282,7 @@ class KenotronStrategyBase:
         self.barrier()
 
     def setup_optimizers(self, trainer: Any) -> None:
-        super().setup_optimizers(trainer)  # type: ignore[misc]
+        super().setup_optimizers(trainer)
         if self.layout.pp > 1 and len(self.optimizers) != 1:
             raise ValueError(
                 f"pp={self.layout.pp} with {len(self.optimizers)} optimizers: a pipelined step updates once, with one "
@@ -339,8 +347,8 @@ class KenotronStrategyBase:
                 metric.process_group = self._dp_group
         share_overflow(self.precision_plugin)
         # On the instance: it holds for every precision plugin.
-        self.precision_plugin.clip_grad_by_norm = self._clip_by_norm
-        self.precision_plugin.clip_grad_by_value = self._clip_by_value
+        plugin: Any = self.precision_plugin
+        plugin.clip_grad_by_norm, plugin.clip_grad_by_value = self._clip_by_norm, self._clip_by_value
 
     def _connect_pipeline(self, trainer: Any, module: Any) -> None:
         assert self._mesh is not None and self._done is not None and self._done.cut is not None
@@ -405,7 +413,7 @@ class KenotronStrategyBase:
             raise self._explain(error) from error.__cause__
 
     def _plain_training_step(self, *args: Any, **kwargs: Any) -> Any:
-        module, done = self.lightning_module, self._done
+        module, done = self._user_module, self._done
         assert done is not None and self._tokens is not None
         with self.precision_plugin.train_step_context(), self._shown_values_are_means(module):
             output = done.enclose(lambda: module.training_step(*args, **kwargs))
@@ -437,7 +445,7 @@ class KenotronStrategyBase:
             del module.__dict__["log"]
 
     def _pipelined_training_step(self, batch: Any, *rest: Any) -> Tensor:
-        module, package = self.lightning_module, self.names.package
+        module, package = self._user_module, self.names.package
         trainer = module.trainer
         assert self._steps is not None
         batch_idx, accumulate = _lightning.current_batch_idx(trainer), trainer.accumulate_grad_batches
@@ -459,7 +467,7 @@ class KenotronStrategyBase:
         return loss
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
-        done, module = self._done, self.lightning_module
+        done, module = self._done, self._user_module
         assert done is not None
         if self._sum_to_differentiate is not None:
             closure_loss, self._sum_to_differentiate = self._sum_to_differentiate, None
@@ -514,7 +522,7 @@ class KenotronStrategyBase:
 
     def _evaluate(self, name: str, context: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._done is not None
-        step = getattr(self.lightning_module, name)
+        step = getattr(self._user_module, name)
         try:
             if self._steps is not None:
                 batch, *rest = (*args, *kwargs.values())
@@ -594,20 +602,20 @@ class KenotronStrategyBase:
 
     def lightning_module_state_dict(self) -> dict[str, Any]:
         if self._state is None:
-            state: dict[str, Any] = super().lightning_module_state_dict()  # type: ignore[misc]
+            state: dict[str, Any] = super().lightning_module_state_dict()
             return state
         return self._state.state_dict()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Nothing: what this rank has of it goes to the checkpoint straight from the optimizer."""
         if self._state is None or self._uses_foreign_io:
-            state: dict[str, Any] = super().optimizer_state(optimizer)  # type: ignore[misc]
+            state: dict[str, Any] = super().optimizer_state(optimizer)
             return state
         return {}
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
         if self._uses_foreign_io or self._state is None:
-            super().save_checkpoint(checkpoint, filepath, storage_options)  # type: ignore[misc]
+            super().save_checkpoint(checkpoint, filepath, storage_options)
             return
         if storage_options is not None:
             raise ValueError("storage_options belong to a CheckpointIO plugin; KenotronStrategy writes to a file system itself.")
@@ -625,9 +633,9 @@ class KenotronStrategyBase:
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if self._uses_foreign_io or not checkpoints.is_checkpoint(checkpoint_path):
-            loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)  # type: ignore[misc]
+            loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
             return loaded
-        module = self.lightning_module
+        module = self._user_module
         assert self._state is not None
         restored = load_training(
             checkpoint_path,
@@ -713,7 +721,7 @@ class KenotronStrategyBase:
         self.checkpoint_io.teardown()
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = dict(super().__getstate__())  # type: ignore[misc]
+        state: dict[str, Any] = dict(super().__getstate__())
         for name in _NOT_PICKLED:
             state[name] = None
         return state

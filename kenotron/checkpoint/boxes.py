@@ -67,9 +67,7 @@ def find_flaw(boxes: Sequence[Box], shape: tuple[int, ...]) -> tuple[tuple[int, 
     boxes = [box for box in boxes if box.volume]
     if boxes == [everything]:
         return None
-    cut = [
-        dim for dim, size in enumerate(shape) if any(box.offset[dim] != 0 or box.shape[dim] != size for box in boxes)
-    ]
+    cut = [dim for dim, size in enumerate(shape) if any(box.offset[dim] != 0 or box.shape[dim] != size for box in boxes)]
     if len(cut) > MAX_CUT_DIMS:
         raise ValueError(f"the tensor is cut along {len(cut)} dimensions; the format allows {MAX_CUT_DIMS}")
     corners: Counter[tuple[int, ...]] = Counter()

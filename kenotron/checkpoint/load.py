@@ -82,9 +82,7 @@ def load_rank_state(source: Source, rank: int, *, allow_pickle: bool = False) ->
     """
     manifest = _manifest_of(source)
     if not 0 <= rank < manifest.world_size:
-        raise RankStateMissingError(
-            f"{manifest.path} was saved by {manifest.world_size} ranks and has no state of rank {rank}"
-        )
+        raise RankStateMissingError(f"{manifest.path} was saved by {manifest.world_size} ranks and has no state of rank {rank}")
     state: dict[str, Any] | None = _decode(manifest, manifest.rank_states[rank], f"rank_state/{rank}/", allow_pickle)
     return state
 
@@ -185,8 +183,7 @@ def _plan(manifest: Manifest, tensor: LocalTensor) -> Iterator[_Part]:
             if common is None:
                 continue
             here = tuple(
-                local + at - offset
-                for local, at, offset in zip(wanted.local, common.offset, wanted.offset, strict=True)
+                local + at - offset for local, at, offset in zip(wanted.local, common.offset, wanted.offset, strict=True)
             )
             there = tuple(at - offset for at, offset in zip(common.offset, piece.offset, strict=True))
             yield _Part(

@@ -83,9 +83,7 @@ def save(
     final = Path(os.path.abspath(path))
     _check_arguments(final, rank, world_size, save_id)
     part = _Part(rank=rank, world_size=world_size, save_id=save_id)
-    meeting = Meeting(
-        final, save_id, rank=rank, world_size=world_size, timeout_s=timeout_s, start_timeout_s=start_timeout_s
-    )
+    meeting = Meeting(final, save_id, rank=rank, world_size=world_size, timeout_s=timeout_s, start_timeout_s=start_timeout_s)
     try:
         meeting.begin()
         if rank == 0:

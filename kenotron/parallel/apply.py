@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from kenotron.layout import ParallelLayout
 from kenotron.parallel import init, pipeline, stages, tensor
+from kenotron.parallel._torch import flatten
 from kenotron.parallel.cut import Cut
 from kenotron.parallel.data import FullySharded, GradientReducer, layers_to_shard
 from kenotron.parallel.grads import GradientNorm, OwedSums
@@ -283,7 +284,7 @@ def _data_parallel(done: Parallelized, mesh: DeviceMesh, blocks: str | None, req
     replicas = layout.dp_size * layout.cp
     if replicas == 1:
         return
-    group = mesh["dp_replicate", "dp_shard", "cp"]._flatten("dp_cp").get_group()
+    group = flatten(mesh, "dp_replicate", "dp_shard", "cp", name="dp_cp").get_group()
     stage = layout.zero_stage if layout.dp_shard * layout.cp > 1 else 0
     mine = [p for p in root.parameters() if p.numel()]
     if stage == 0:
@@ -292,9 +293,9 @@ def _data_parallel(done: Parallelized, mesh: DeviceMesh, blocks: str | None, req
         # FSDP2 can't shard scalars; empty ones belong to other stages.
         scalars = [p for p in mine if p.ndim == 0]
         ignored = {p for p in root.parameters() if p.numel() == 0} | set(scalars)
-        shard = mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+        shard = flatten(mesh, "dp_shard", "cp", name="dp_shard_cp")
         fsdp_mesh = _with_replicas(mesh, shard) if layout.dp_replicate > 1 else shard
-        layers = [m for m in layers_to_shard(root, blocks, request.manual_optimization)]
+        layers = layers_to_shard(root, blocks, request.manual_optimization)
         loose = [name for name, p in root.named_parameters(recurse=False) if p not in ignored]
         if request.manual_optimization and loose:
             raise ValueError(

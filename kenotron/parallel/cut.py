@@ -79,15 +79,13 @@ class Flight:
     on_enter: Callable[[], None] | None = None
     with_grad: bool = field(default_factory=torch.is_grad_enabled)
     taken: bool = False
+    _called: set[str] = field(default_factory=set)
     _placeholders: dict[bool, Any] = field(default_factory=dict)
 
     def take(self) -> Any:
         """Return the received activation, once."""
         if self.taken:
-            raise ValueError(
-                "the step called the pipelined module twice. With pp > 1 a step calls it once per microbatch: "
-                "concatenate the inputs, or set pp=1."
-            )
+            raise _called_twice()
         self.taken = True
         return self.received
 
@@ -96,6 +94,9 @@ class Flight:
 
         A block returns the structure that crossed the boundary, any other unit its first tensor.
         """
+        if self.taken and name in self._called:
+            raise _called_twice()
+        self._called.add(name)
         if self.taken:
             raise ValueError(
                 f"{name!r} is on an earlier pipeline stage, but the step calls it after the blocks of that stage: units must be "
@@ -114,6 +115,13 @@ class Flight:
         if self.on_enter is not None:
             self.on_enter()
             self.on_enter = None
+
+
+def _called_twice() -> ValueError:
+    return ValueError(
+        "the step called the pipelined module twice. With pp > 1 a step calls it once per microbatch: concatenate the inputs, "
+        "or set pp=1."
+    )
 
 
 class Cut:

@@ -160,7 +160,7 @@ class FullySharded:
 
     def enclose(self, call: Any) -> Any:
         """Run ``call()`` with the root's own parameters gathered."""
-        return self.root._kenotron_enclose(call)
+        return self.root.__dict__["_kenotron_enclose"](call)
 
     def before_backward(self, *, last_microbatch: bool, sync: bool) -> None:
         """Say what the next backward pass does.

@@ -12,6 +12,7 @@ A training step is:
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
@@ -147,7 +148,7 @@ class Pipeline:
         """
         for i, key in enumerate(keys):
             if key not in self._metas:
-                self._metas[key] = self._probe(lambda i=i: probe(i))
+                self._metas[key] = self._probe(functools.partial(probe, i))
         schedule = self._schedule(tuple(keys))
         indices = torch.arange(len(keys))
         self._step, self._backwards_left = step, len(keys) * len(self.cut.local_stages)
@@ -223,7 +224,7 @@ class Pipeline:
                 meta = StageMeta(boundary, meta.sent)
             if not is_last or finish:
                 flight = Flight(stage=stage, received=received, on_enter=self.on_enter)
-                left, value = self.enclose(lambda flight=flight: self.cut.fly(flight, step))
+                left, value = self.enclose(functools.partial(self.cut.fly, flight, step))
                 if left:
                     boundary = BoundaryMeta.of(value)
                     if known and meta.sent != boundary:

@@ -129,7 +129,7 @@ class TensorParallel:
                 return reduce_scatter_to(x, _SEQUENCE_DIM, self.group)
             return reduce_from(x, self.group)
 
-        if module.bias is None:
+        if module._parameters["bias"] is None:
             module.register_forward_hook(lambda m, args, out: total(out))
             return
         if in_sequence_region:  # added to slices of the sequence
@@ -167,11 +167,9 @@ class TensorParallel:
         sharing = self.size // heads
         head = self.rank // sharing
         if name.endswith("k_proj"):  # once for the pair: each rank now has one KV head for all of its query heads
-            queries = attention.num_key_value_groups * heads
-            attention.num_key_value_groups = queries // self.size
-        for key, param in module.named_parameters():
-            if param is not None:
-                self.shards.shared_kv.add(f"{name}.{key}")
+            queries = int(attention.__dict__["num_key_value_groups"]) * heads
+            attention.__dict__["num_key_value_groups"] = queries // self.size
+        self.shards.shared_kv.update(f"{name}.{key}" for key, _ in module.named_parameters())
         return ((head * head_dim, head_dim),), tuple(range(head * sharing, (head + 1) * sharing))
 
     def _cut_expert_parameter(self, root: nn.Module, experts: nn.Module, key: str, name: str, style: str) -> None:
@@ -202,7 +200,7 @@ class TensorParallel:
     def _share_rotary_part(self, root: nn.Module, module: nn.Module, name: str) -> None:
         """MLA: the rotary part of the compressed key goes straight to the split heads, so its gradient is a share."""
         configs = (getattr(root.get_submodule(name[:i]), "config", None) for i in range(len(name)) if i == 0 or name[i] == ".")
-        rope_dim = next((c.qk_rope_head_dim for c in configs if hasattr(c, "qk_rope_head_dim")), None)
+        rope_dim = next((getattr(c, "qk_rope_head_dim") for c in configs if hasattr(c, "qk_rope_head_dim")), None)  # noqa: B009
         if rope_dim is None:
             raise ValueError(f"plan[{name!r}] = 'mla_kv_a_proj' needs a model config with qk_rope_head_dim.")
 

@@ -63,9 +63,7 @@ def blank(held: LocalTensor) -> LocalTensor:
 
 
 @pytest.mark.parametrize("seed", range(40))
-def test_any_partition_loads_into_any_other(
-    tmp_path: Path, save_on_ranks: SaveOnRanks, small_chunks: int, seed: int
-) -> None:
+def test_any_partition_loads_into_any_other(tmp_path: Path, save_on_ranks: SaveOnRanks, small_chunks: int, seed: int) -> None:
     generator = random.Random(seed)
     world_size = generator.randrange(1, 4)
     full: dict[str, torch.Tensor] = {}
@@ -89,9 +87,7 @@ def test_any_partition_loads_into_any_other(
 
 
 @pytest.mark.parametrize(("before", "after"), [(4, 3), (3, 4), (1, 4), (12, 1)])
-def test_rows_load_on_more_and_on_fewer_ranks(
-    tmp_path: Path, save_on_ranks: SaveOnRanks, before: int, after: int
-) -> None:
+def test_rows_load_on_more_and_on_fewer_ranks(tmp_path: Path, save_on_ranks: SaveOnRanks, before: int, after: int) -> None:
     assert save_on_ranks(tmp_path / "a", [[held] for held in rows("w", FULL, before)]) == [None] * before
     for wanted in rows("w", FULL, after):
         given = blank(wanted)
@@ -221,9 +217,7 @@ def test_load_state_dict_takes_the_prefix_off_and_leaves_the_state_out(tmp_path:
 # ---- Damage ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_flipped_bit_in_any_chunk_is_found_and_the_tensor_and_the_file_are_named(
-    tmp_path: Path, small_chunks: int
-) -> None:
+def test_a_flipped_bit_in_any_chunk_is_found_and_the_tensor_and_the_file_are_named(tmp_path: Path, small_chunks: int) -> None:
     path = save_alone(tmp_path / "a", whole("model/w", FULL), whole("model/v", torch.arange(50).char()))
     shard = path / SHARD
     good = shard.read_bytes()

@@ -64,9 +64,7 @@ def test_a_file_that_is_too_large_is_found_before_it_is_written(tmp_path: Path) 
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))
     try:
-        with pytest.raises(
-            SaveFailedError, match=r"failed on rank 0: OSError: \[Errno 27\] File too large: .*shard-00001"
-        ):
+        with pytest.raises(SaveFailedError, match=r"failed on rank 0: OSError: \[Errno 27\] File too large: .*shard-00001"):
             save(
                 tmp_path / "a",
                 [whole("w", torch.zeros(1 << 19))],
@@ -223,9 +221,7 @@ def test_a_save_that_is_swept_away_fails_at_once(tmp_path: Path) -> None:
 # ---- Where other ranks may be dead ----------------------------------------------------------------------------------
 
 
-def test_start_timeout_names_the_missing_ranks_before_anything_is_written(
-    tmp_path: Path, save_on_ranks: SaveOnRanks
-) -> None:
+def test_start_timeout_names_the_missing_ranks_before_anything_is_written(tmp_path: Path, save_on_ranks: SaveOnRanks) -> None:
     save_value(tmp_path / "a", "s1", 1.0)
     start = time.monotonic()
     raised: list[BaseException] = []

@@ -53,9 +53,7 @@ def test_write_durably_leaves_no_temporary_file(tmp_path: Path) -> None:
     assert (tmp_path / "x").read_bytes() == b"data"
 
 
-def test_put_in_place_keeps_the_old_one_under_the_name_that_it_returns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_put_in_place_keeps_the_old_one_under_the_name_that_it_returns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     new, path, aside = (tmp_path / name for name in ("new", "path", "aside"))
     new.write_text("1")
     assert durable.put_in_place(new, path, aside) is None

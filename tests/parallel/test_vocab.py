@@ -336,7 +336,7 @@ def _answers(x: Tensor, b: Batch) -> dict[str, Any]:
     written /= 2
     viewed.view(-1, V)[0] = 7
     F.relu(capped, inplace=True)
-    accuracy, perplexity = MulticlassAccuracy(V, average="micro"), Perplexity(ignore_index=-100)
+    accuracy, perplexity = MulticlassAccuracy(V, sync_on_compute=False), Perplexity(ignore_index=-100, sync_on_compute=False)
     accuracy.update(x.view(-1, V), b.y.view(-1))
     perplexity.update(x.float(), b.gaps)
     stored = io.BytesIO()
@@ -432,7 +432,7 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.head(self.body(x).tanh())
-        return _hf(logits, labels), logits
+        return _ce(logits, labels), logits
 
 
 def compiled_model(group: ProcessGroup) -> None:

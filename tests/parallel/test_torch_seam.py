@@ -1,0 +1,36 @@
+"""Private torch names that the core leans on: each must still be there and behave."""
+
+from __future__ import annotations
+
+import inspect
+from datetime import timedelta
+
+import torch
+from torch.distributed import TCPStore
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.stage import _PipelineStageBase
+
+from kenotron.parallel import _torch
+
+
+def test_receive_buffers_are_described_as_they_were() -> None:
+    info = _torch.RecvInfo("x", 0, torch.zeros(2), None)
+    assert (info.input_name, info.source, info.tensor_meta) == ("x", 0, None)
+    assert info.buffer is not None
+
+
+def test_stages_allocate_buffers_where_ours_refit_them() -> None:
+    assert list(inspect.signature(PipelineStage._setup_forward_recv_info).parameters) == [
+        "self", "num_microbatches", "has_backward",
+    ]  # fmt: skip
+    assert list(inspect.signature(_PipelineStageBase._setup_backward_recv_info).parameters) == ["self", "num_microbatches"]
+
+
+def test_groups_take_a_time_out() -> None:
+    assert _torch.group_options("cpu", timedelta(seconds=7))._timeout == timedelta(seconds=7)
+
+
+def test_a_store_can_be_cloned_for_a_thread() -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    store.clone().set("key", "value")  # type: ignore[attr-defined]
+    assert store.get("key") == b"value"
