@@ -18,12 +18,6 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-# Users can do nothing about these; set before torch and transformers are imported.
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-for name in ("lightning.pytorch", "lightning.fabric"):
-    logging.getLogger(name).setLevel(logging.WARNING)  # tips, and what this script prints itself
-
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, TQDMProgressBar
@@ -54,6 +48,7 @@ TOKENS_PER_STEP = BATCH_SIZE * SEQUENCE_LENGTH
 
 def main() -> None:
     options = parse_options()
+    silence()
     if not torch.cuda.is_available():
         torch.set_num_threads(1)  # several processes share the cores
     L.seed_everything(SEED, verbose=False)
@@ -110,9 +105,15 @@ def parse_options() -> argparse.Namespace:
     return options
 
 
+def silence() -> None:
+    """Keep to ourselves what a user of this script can do nothing about."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # tips, and what this script prints itself
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # tokens are in memory
+    warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's use of torch
+
+
 def make_trainer(options: argparse.Namespace, progress: Progress) -> L.Trainer:
-    # The loader of tokens in memory needs no worker processes.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     callbacks = [
         progress,
         ModelCheckpoint(

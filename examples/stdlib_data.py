@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 END_OF_FILE = "<|endoffile|>"  # token 0
 
@@ -142,14 +143,13 @@ class StdlibData(L.LightningDataModule):
         rank, num_ranks = self._place()
         return TokenLoader(self._windows("train"), self.batch_size, rank, num_ranks, self.seed)
 
-    def val_dataloader(self) -> list[Tensor]:
+    def val_dataloader(self) -> DataLoader[Tensor]:
         rank, num_ranks = self._place()
         windows_NS = self._windows("val")
         # Evenly over all files; on each rank as many, since validation is a collective.
         count = min(self.val_samples, len(windows_NS)) // num_ranks * num_ranks
         chosen = np.linspace(0, len(windows_NS) - 1, count).astype(int)[rank::num_ranks]
-        size = self.batch_size // num_ranks
-        return [to_tensor(windows_NS[chosen[i : i + size]]) for i in range(0, len(chosen), size)]
+        return DataLoader(to_tensor(windows_NS[chosen]), self.batch_size // num_ranks)  # type: ignore[arg-type]
 
     def _place(self) -> tuple[int, int]:
         """Return this rank's place among those that load different samples; ranks of one model replica share it."""

@@ -283,11 +283,6 @@ class KenotronStrategyBase(_LightningStrategy):
 
     def setup_optimizers(self, trainer: Any) -> None:
         super().setup_optimizers(trainer)
-        if self.layout.pp > 1 and len(self.optimizers) != 1:
-            raise ValueError(
-                f"pp={self.layout.pp} with {len(self.optimizers)} optimizers: a pipelined step updates once, with one "
-                "optimizer. Return one optimizer with parameter groups, or set pp=1."
-            )
         for optimizer in self.optimizers:
             mixed = {isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"] if p.numel()}
             if len(mixed) > 1:  # scalars are not sharded: no single multi-tensor kernel takes both kinds

@@ -1,0 +1,205 @@
+"""Batches and models of every kind under a pipeline, against plain Lightning in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import lightning as L
+import pytest
+import torch
+from strategy_helpers import DP2_PP2, PP2, TP2_PP2, WIDTH, Block, Classifier, fit_like_one_process
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import default_collate
+
+from kenotron.testing import RankPool
+
+# ------------------------------------------------------------------------------------------------------------- batches
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    y: Tensor
+
+
+def as_dict(rows: list[Any]) -> Any:
+    x, y = default_collate(rows)
+    return {"x": x, "nested": {"y": [y]}, "name": "training", "scale": 1.0}
+
+
+def as_named_tuple(rows: list[Any]) -> Any:
+    return Pair(*default_collate(rows))
+
+
+def as_encoding(rows: list[Any]) -> Any:
+    from transformers import BatchEncoding
+
+    x, y = default_collate(rows)
+    return BatchEncoding({"x": x, "y": y})
+
+
+def with_texts(rows: list[Any]) -> Any:
+    x, y = default_collate(rows)
+    return {"x": x, "y": y, "texts": ["a" * int(label + 1) for label in y], "shared": torch.ones(3, 1)}
+
+
+class AnyBatch(Classifier):
+    def loss(self, batch: Any) -> Tensor:
+        if isinstance(batch, tuple):
+            assert isinstance(batch, Pair)
+            return super().loss((batch.x, batch.y))
+        if "nested" in batch:
+            assert batch["name"] == "training"
+            return super().loss((batch["x"], batch["nested"]["y"][0]))
+        if "texts" in batch:
+            assert batch["shared"].shape == (3, 1)
+            lengths = torch.tensor([len(text) for text in batch["texts"]])
+            assert len(lengths) == len(batch["y"])
+            return super().loss((batch["x"], lengths - 1))
+        assert type(batch).__name__ == "BatchEncoding"
+        return super().loss((batch.x, batch["y"]))
+
+
+@pytest.mark.parametrize("collate", [as_dict, as_named_tuple, as_encoding, with_texts])
+def test_batches_of_any_structure(pool: RankPool, collate: Any, tmp_path: Path) -> None:
+    fit_like_one_process(pool, AnyBatch, PP2, tmp_path, collate=collate, trainer={"max_epochs": 1})
+
+
+# -------------------------------------------------------------------------------------------------------------- models
+
+
+class Recomputes(Classifier):
+    """Users' own activation checkpointing around each block."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.shift
+        for layer in self.layers:
+            x = checkpoint(layer, x, use_reentrant=False)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+class Compiled(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.layers:
+            layer.compile(backend="aot_eager")
+
+
+class Wrapped(L.LightningModule):
+    """The network is an attribute; the loss has parameters of its own; ``forward`` is called through ``self``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Network()
+        self.criterion = Weighted()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.net(x)
+        return out
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = self.criterion(self(batch[0]), batch[1])
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.criterion(self(batch[0]), batch[1]), sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=0.02, eps=1e-6)
+
+
+class Network(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(3))
+        self.norm, self.out = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        logits: Tensor = self.out(self.norm(x))
+        return logits
+
+
+class Weighted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.classes = nn.Parameter(torch.ones(3))
+
+    def forward(self, logits: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.cross_entropy(logits * self.classes, y)
+
+
+@pytest.mark.parametrize("module", [Recomputes, Compiled, Wrapped])
+@pytest.mark.parametrize("layout", [PP2, DP2_PP2], ids=["pp2", "dp2-pp2"])
+def test_plain_modules(pool: RankPool, layout: Any, module: Any, tmp_path: Path) -> None:
+    fit_like_one_process(pool, module, layout, tmp_path)
+
+
+def tokens(rows: list[Any]) -> Tensor:
+    return torch.stack([(x * 40).long().abs() % 50 for x, _ in rows])
+
+
+class Transformer(L.LightningModule):
+    """A transformers model, as its documentation says to train one."""
+
+    def __init__(self, kind: str = "llama", reentrant: bool | None = None) -> None:
+        super().__init__()
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 50}
+        more = {"intermediate_size": 32, "max_position_embeddings": 16} if kind != "gpt2" else {"n_positions": 16}
+        dropouts = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0} if kind == "gpt2" else {}
+        config = AutoConfig.for_model(kind, **sizes, **more, **dropouts, bos_token_id=1, eos_token_id=2)
+        self.model = AutoModelForCausalLM.from_config(config)
+        if reentrant is not None:
+            self.model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss: Tensor = self.model(input_ids=batch, attention_mask=torch.ones_like(batch), labels=batch).loss
+        self.log("train_loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.log("val_loss", self.model(input_ids=batch, labels=batch).loss, sync_dist=True)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3, eps=1e-6)
+
+    def on_fit_start(self) -> None:
+        self.model.train()
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_transformers_with_and_without_recompute(pool: RankPool, kind: str, reentrant: bool | None, tmp_path: Path) -> None:
+    settings = {"kind": kind, "reentrant": reentrant}
+    trainer = {"max_epochs": 1}
+    fit_like_one_process(pool, Transformer, PP2, tmp_path, settings=settings, collate=tokens, trainer=trainer)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_transformers_recompute_with_tensor_parallelism(pool: RankPool, reentrant: bool, tmp_path: Path) -> None:
+    settings = {"kind": "llama", "reentrant": reentrant}
+    fit_like_one_process(pool, Transformer, TP2_PP2, tmp_path, settings=settings, collate=tokens, trainer={"max_epochs": 1})
+
+
+class CallsTwice(Classifier):
+    def loss(self, batch: Any) -> Tensor:
+        return super().loss(batch) + super().loss(batch)
+
+
+def test_calling_the_model_twice_is_refused_on_every_rank(pool: RankPool, tmp_path: Path) -> None:
+    from strategy_helpers import Task, fit
+
+    from kenotron.testing import RanksFailedError
+
+    with pytest.raises(RanksFailedError, match="called the pipelined module twice") as error:
+        pool.run(fit, 2, Task(CallsTwice, PP2[1], val_rows=0, folder=str(tmp_path)), timeout_s=60)
+    assert "--- rank 0" in str(error.value)
+    assert "--- rank 1" in str(error.value)
