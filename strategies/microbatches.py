@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
+import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from kenotron.callbacks_native import crc32c
 from kenotron.parallel.pipeline import check_microbatches
 
 
@@ -79,6 +82,32 @@ def shape_key(value: Any) -> Any:
     if parts:
         return type(value).__name__, tuple(shape_key(part) for part in parts)
     return type(value).__name__
+
+
+def check_same_batch(batch: Any, dp_rank: int) -> None:
+    """Raise ``ValueError`` on all ranks where ranks of one data-parallel coordinate hold different batches."""
+    checksum = 0
+    for tensor in _tensors(batch):
+        data = tensor.detach().cpu().contiguous().view(-1)
+        checksum = crc32c(data.view(torch.uint8).numpy().data, checksum)
+    found: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, (dp_rank, checksum))
+    for coordinate in {rank for rank, _ in found}:
+        ranks = [i for i, (rank, _) in enumerate(found) if rank == coordinate]
+        if len({found[i][1] for i in ranks}) > 1:
+            raise ValueError(
+                f"ranks {ranks} share the samples of data-parallel rank {coordinate}, but loaded different batches. Shuffle by a "
+                "seed that does not depend on the rank (lightning.seed_everything), and no sampler by global rank."
+            )
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        if value.numel() and not value.is_sparse:
+            yield value
+        return
+    for part in _parts(value):
+        yield from _tensors(part)
 
 
 class Splitter:

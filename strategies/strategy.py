@@ -14,6 +14,7 @@ import inspect
 import itertools
 import os
 import uuid
+import warnings
 from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -43,7 +44,7 @@ from kenotron.strategies.checkpointing import (
 )
 from kenotron.strategies.logs import LogRelay
 from kenotron.strategies.loss import StepLoss, TokenCount
-from kenotron.strategies.microbatches import Splitter
+from kenotron.strategies.microbatches import Splitter, check_same_batch
 from kenotron.strategies.precision import check_precision, share_overflow
 from kenotron.strategies.settings import CheckpointSettings, ProcessGroupSettings
 from kenotron.strategies.state import CheckpointState
@@ -335,6 +336,8 @@ class KenotronStrategyBase(_LightningStrategy):
         """Let Lightning's loops, metrics and precision plugin see all ranks."""
         assert self._monitor is not None
         _lightning.disable_inference_mode(trainer)
+        if not self.is_distributed:  # Lightning then drops sync_dist=True, and advises to set it
+            warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
         stop = self.names.SIGTERMException
         _lightning.replace_sigterm_polling(trainer, self._monitor.request_stop, self._monitor.boundary, stop)
         for metric in module.modules():
@@ -399,8 +402,16 @@ class KenotronStrategyBase(_LightningStrategy):
         finally:
             self._sync = True
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """At the start of an epoch: ranks that share samples must have loaded the same ones."""
+        if batch_idx == 0 and self.world_size > self._dp_size:
+            check_same_batch(batch, self.layout.dp_rank(self.global_rank))
+
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._done is not None
         try:
+            if self._done.buffers is not None:
+                self._done.buffers.share()
             if self._steps is not None:
                 return self._pipelined_training_step(*args, *kwargs.values())
             return self._plain_training_step(*args, **kwargs)

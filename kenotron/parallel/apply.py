@@ -22,7 +22,7 @@ from kenotron.layout import ParallelLayout
 from kenotron.parallel import init, pipeline, stages, tensor
 from kenotron.parallel._torch import flatten
 from kenotron.parallel.cut import Cut
-from kenotron.parallel.data import FullySharded, GradientReducer, layers_to_shard
+from kenotron.parallel.data import FullySharded, GradientReducer, SharedBuffers, layers_to_shard
 from kenotron.parallel.grads import GradientNorm, OwedSums
 from kenotron.parallel.plan import ParallelPlan, find_plan, pipeline_hints
 from kenotron.parallel.shards import Shards, canonical, empty_parameter
@@ -69,6 +69,7 @@ class Parallelized:
     sharded: FullySharded | None = None
     reducer: GradientReducer | None = None
     owed: OwedSums | None = None
+    buffers: SharedBuffers | None = None
     applied: list[str] = field(default_factory=list)
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -138,6 +139,8 @@ def parallelize(root: nn.Module, mesh: DeviceMesh | None, request: Request) -> P
     init.materialize(root, shards, aliases, request.seed, request.device)
     done.applied.append("materialise")
     _move(root, request.device)
+    if mesh is not None and layout.dp_size > 1:
+        done.buffers = SharedBuffers(root, flatten(mesh, "dp_replicate", "dp_shard", name="dp").get_group())
     return done
 
 
@@ -284,6 +287,11 @@ def _data_parallel(done: Parallelized, mesh: DeviceMesh, blocks: str | None, req
     replicas = layout.dp_size * layout.cp
     if replicas == 1:
         return
+    if request.schedule in pipeline.SPLITS_BACKWARD and layout.pp > 1 and layout.zero_stage and layout.dp_shard > 1:
+        raise ValueError(
+            f"schedule={request.schedule!r} computes weight gradients outside of autograd, where FSDP2 does not see them. Set "
+            "zero_stage=0, or schedule='interleaved_1f1b'."
+        )
     group = flatten(mesh, "dp_replicate", "dp_shard", "cp", name="dp_cp").get_group()
     stage = layout.zero_stage if layout.dp_shard * layout.cp > 1 else 0
     mine = [p for p in root.parameters() if p.numel()]

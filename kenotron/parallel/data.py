@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torchmetrics import Metric
 
 _BUCKET_BYTES = 25 * 2**20
 
@@ -125,6 +126,36 @@ def _buckets(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
         members.append(param)
         open_buckets[kind] = (members, size + param.numel() * param.element_size())
     return buckets
+
+
+class SharedBuffers:
+    """Keeps buffers that a forward pass writes (running statistics) the same on all replicas: those of the first one.
+
+    As torch's DistributedDataParallel does it, before each training step. A checkpoint then holds what every replica goes on
+    with. Only persistent buffers count; a module without any costs nothing.
+
+    Args:
+        root: the module. group: the replicas.
+    """
+
+    def __init__(self, root: nn.Module, group: dist.ProcessGroup) -> None:
+        names = root.state_dict().keys()
+        metrics = [name + "." for name, module in root.named_modules() if isinstance(module, Metric)]
+        self._group = group
+        self._source = dist.get_global_rank(group, 0)
+        self._by_dtype: dict[torch.dtype, list[Tensor]] = {}
+        for name, buffer in root.named_buffers():
+            if name in names and buffer.numel() and not name.startswith(tuple(metrics)):
+                self._by_dtype.setdefault(buffer.dtype, []).append(buffer)
+
+    @torch.no_grad()
+    def share(self) -> None:
+        """Give the first replica's buffers to all."""
+        for buffers in self._by_dtype.values():
+            flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
+            dist.broadcast(flat, self._source, group=self._group)
+            parts = flat.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [part.view(b.shape) for part, b in zip(parts, buffers, strict=True)])
 
 
 class FullySharded:

@@ -35,7 +35,7 @@ SCHEDULES: dict[str, tuple[Any, bool, bool]] = {
     "interleaved_zero_bubble": (torch_schedules.ScheduleInterleavedZeroBubble, True, True),
     "zbv": (torch_schedules.ScheduleZBVZeroBubble, True, True),
 }
-_SPLITS_BACKWARD = ("interleaved_zero_bubble", "zbv")
+SPLITS_BACKWARD = ("interleaved_zero_bubble", "zbv")
 
 #: Each cached schedule holds receive buffers for all its microbatches.
 _MAX_SCHEDULES = 4

@@ -8,7 +8,8 @@ the user's code (a loss, soft-capping, metrics) goes on with it. What becomes of
    of other dimensions), is done on the local slice and gives ``VocabParallelLogits`` again. No communication.
 3. Cross entropy, softmax, logsumexp, argmax, max, sum, mean and gather over the vocabulary exchange numbers per token.
 4. Everything else gathers the logits ``[..., V]`` and goes on with a plain tensor. Right for any operation, also one
-   that torch will have tomorrow; the gathered tensor is kept for the next.
+   that torch will have tomorrow; the gathered tensor is kept for the next. What is changed in place in it goes back into
+   the slices. Unlike a view of plain logits, a part of the vocabulary taken before does not see later changes.
 
 Every rank runs the same code on the same batch, so all come to the same collectives in the same order. What one rank
 does alone (``if rank == 0: print(logits)``) must not communicate: ``repr`` therefore shows no values.
@@ -537,6 +538,12 @@ def _autograd_grad(func: Any, args: Any, kwargs: Any) -> Any:
     )
 
 
+def _autograd_backward(func: Any, args: Any, kwargs: Any) -> Any:
+    """``backward`` from logits; reentrant checkpointing calls it inside a backward, where nothing is recorded."""
+    with torch.enable_grad():
+        return _on_whole(func, args, kwargs)
+
+
 # ---- 2. What stays local --------------------------------------------------------------------------------------------
 
 
@@ -784,7 +791,7 @@ _ATTRIBUTES = [
 _ANYWHERE = _named(_QUESTIONS, _ask) | _named(_CASTS, _cast) | _named(_ELEMENTWISE, _elementwise)
 _ANYWHERE |= {f.__get__: _ask for f in _ATTRIBUTES} | {f.__set__: _ask for f in _ATTRIBUTES}
 _ANYWHERE |= {getattr(Tensor, name).__set__: _refuse for name in ("data", "requires_grad", "grad")}
-_ANYWHERE[torch.autograd.grad] = _autograd_grad
+_ANYWHERE |= {torch.autograd.grad: _autograd_grad, torch.autograd.backward: _autograd_backward}
 _METHODS = (
     _named(_IN_PLACE, _elementwise)
     | _named(_RESHAPES, _reshape)

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
 from kenotron.parallel import vocab
 from kenotron.parallel.collectives import Group, copy_to, gather_from
@@ -125,6 +126,12 @@ def _hooked(x: Tensor, b: Batch) -> Tensor:
     return _ce(x, b.y)
 
 
+def _hooked_module(x: Tensor) -> Tensor:
+    module = nn.Identity()
+    module.register_full_backward_hook(lambda _, grad_in, grad_out: (grad_out[0] * 2,))
+    return module(x)
+
+
 def _grad_of_logits(x: Tensor, b: Batch) -> Tensor:
     x.retain_grad()
     loss = _ce(x, b.y)
@@ -219,6 +226,7 @@ GATHERED: dict[str, Callable[[Tensor, Batch], Tensor]] = {
     "custom-function-returns-logits": lambda x, b: _ce(Clone.apply(x), b.y),
     "custom-function-returns-its-input": lambda x, b: _ce(Identity.apply(x), b.y),
     "metric-before-the-loss": _metric_before_the_loss,
+    "backward-hooks": lambda x, b: _ce(_hooked_module(x), b.y),
     "hooks": _hooked,
     "backward-of-logits": lambda x, b: torch.stack([x, x.detach()]).sum(),
 }  # fmt: skip
@@ -445,6 +453,21 @@ def compiled_model(group: ProcessGroup) -> None:
     torch.testing.assert_close(split.body.weight.grad, whole.body.weight.grad)
 
 
+def checkpointed_model(group: ProcessGroup, reentrant: bool, loss_inside: bool) -> None:
+    b, grads = Batch(torch.float32), []
+    for parts, part in ((1, 0), (group.size(), group.rank())):
+        model = Head(b.weight.chunk(parts)[part])
+        model = model if parts == 1 else model.split(group)
+        hidden = model.body(b.x)
+        if loss_inside:
+            loss = checkpoint(lambda h, m=model: _ce(m.head(h), b.y), hidden, use_reentrant=reentrant)
+        else:
+            loss = _ce(checkpoint(model.head, hidden, use_reentrant=reentrant), b.y)
+        loss.backward()
+        grads.append(model.body.weight.grad)
+    torch.testing.assert_close(grads[1], grads[0])
+
+
 def fully_sharded_model(group: ProcessGroup) -> None:
     """FSDP hooks the outputs of every module; 2 × 2 ranks, all with the same batch."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -553,6 +576,12 @@ def test_bad_targets_and_changes_of_what_logits_are_raise(ranks):
 
 def test_a_compiled_model_may_compute_its_loss_from_split_logits(ranks):
     ranks(compiled_model)
+
+
+@pytest.mark.parametrize("loss_inside", [False, True], ids=["head", "head-and-loss"])
+@pytest.mark.parametrize("reentrant", [False, True], ids=["non-reentrant", "reentrant"])
+def test_a_checkpointed_head_gives_the_same_gradients(ranks, reentrant, loss_inside):
+    ranks(checkpointed_model, reentrant, loss_inside)
 
 
 def test_fully_shard_does_not_gather_logits(ranks):

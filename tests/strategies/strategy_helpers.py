@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import uuid
@@ -14,11 +13,10 @@ from typing import Any
 
 import lightning as L
 import numpy as np
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 import kenotron
 from kenotron.testing import RankPool
@@ -101,9 +99,9 @@ class Rows(Dataset[Any]):
 def loader(data: Dataset[Any], batch: int, rank: int = 0, size: int = 1, collate: Any = None) -> DataLoader[Any]:
     """Return one data-parallel rank's share of each global batch of ``batch`` samples."""
     count = len(data)  # type: ignore[arg-type]
-    batches = [list(range(start, min(start + batch, count))) for start in range(0, count, batch)]
-    own = [rows[len(rows) * rank // size : len(rows) * (rank + 1) // size] for rows in batches]
-    return DataLoader(data, batch_sampler=own, collate_fn=collate)
+    batches = [range(start, min(start + batch, count)) for start in range(0, count, batch)]
+    own = [row for rows in batches for row in rows[len(rows) * rank // size : len(rows) * (rank + 1) // size]]
+    return DataLoader(Subset(data, own), batch_size=batch // size, collate_fn=collate)
 
 
 # ------------------------------------------------------------------------------------------------- one rank's training
@@ -257,7 +255,10 @@ def fit_like_one_process(
 ) -> list[dict[str, Any]]:
     """Train on ``layout`` and in one process of plain Lightning, and assert that all ranks got what that got."""
     ranks, strategy = layout
-    expected = pool.run(fit, 1, Task(module, None, folder=str(folder), **task))[0]
+    key = repr((module, sorted(task.items())))
+    if key not in _one_process:
+        _one_process[key] = pool.run(fit, 1, Task(module, None, **task))[0]
+    expected = _one_process[key]
     found = pool.run(fit, ranks, Task(module, dict(strategy), folder=str(folder), **task))
     for rank, result in enumerate(found):
         for key in ("losses", "rates", "epochs", "metrics", "step"):
@@ -267,4 +268,5 @@ def fit_like_one_process(
     return [expected, *found]
 
 
-layouts = functools.partial(pytest.mark.parametrize, "layout")
+#: What one process got, by task: layouts share it.
+_one_process: dict[str, dict[str, Any]] = {}

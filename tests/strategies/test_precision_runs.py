@@ -1,0 +1,83 @@
+"""Every precision on every axis, and the scaler on which all ranks agree."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from strategy_helpers import Classifier, Task, close, fit
+from torch import Tensor, nn
+
+from kenotron.strategies.precision import SharedGradScaler
+from kenotron.testing import RankPool
+
+
+class Typed(Classifier):
+    """Notes the types of weights, hidden states and gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, str] = {}
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        self.seen["batch"] = str(batch[0].dtype)
+        self.head.register_forward_hook(self._note, always_call=False)
+        return super().training_step(batch, batch_idx)
+
+    def _note(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        self.seen["output"] = str(output.dtype)
+
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        params = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None and p.numel()]
+        self.seen["weights"] = ",".join(sorted({str(p.dtype) for p in params}))
+        self.seen["gradients"] = ",".join(sorted({str(p.grad.dtype) for p in params}))
+
+
+LAYOUTS = {
+    "dp2": (2, {}), "dp2-zero0": (2, {"zero_stage": 0}), "dp2-zero3": (2, {"zero_stage": 3}), "tp2": (2, {"tp": 2}),
+    "pp2": (2, {"pp": 2, "microbatches": 2}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", list(LAYOUTS))
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16-mixed", 2e-2), ("bf16-true", 5e-2), ("64-true", 1e-6)])
+def test_precisions_train_as_in_one_process(
+    pool: RankPool, name: str, precision: str, tolerance: float, tmp_path: Path
+) -> None:
+    ranks, strategy = LAYOUTS[name]
+    task = {"trainer": {"precision": precision, "gradient_clip_val": 1.0}, "folder": str(tmp_path)}
+    expected = pool.run(fit, 1, Task(Typed, None, **task))[0]
+    for found in pool.run(fit, ranks, Task(Typed, strategy, **task)):
+        close(found["losses"], expected["losses"], tolerance)
+        close(found["metrics"], expected["metrics"], tolerance)
+        for key in {"weights", "gradients", "batch"}:
+            assert found["seen"][key] == expected["seen"][key]
+    assert expected["losses"][-1] < expected["losses"][0]
+
+
+def scale_and_step(overflowing_rank: int) -> dict[str, Any]:
+    if not dist.is_initialized():
+        dist.init_process_group("gloo", rank=int(os.environ["RANK"]), world_size=int(os.environ["WORLD_SIZE"]))
+    weight = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([weight], lr=0.5)
+    scaler = SharedGradScaler(device="cpu", init_scale=8.0, growth_interval=1)
+    weight.grad = torch.full((3,), 16.0)
+    if dist.get_rank() == overflowing_rank:
+        weight.grad[1] = torch.inf
+    scaler.scale(torch.ones(()))
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    return {"weight": weight.tolist(), "scale": scaler.get_scale()}
+
+
+def test_an_overflow_on_one_rank_skips_the_step_on_all(pool: RankPool) -> None:
+    for rank in (0, 1):
+        for found in pool.run(scale_and_step, 2, rank):
+            assert found == {"weight": [1.0] * 3, "scale": 4.0}
+    for found in pool.run(scale_and_step, 2, -1):
+        assert found == {"weight": [0.0] * 3, "scale": 16.0}
