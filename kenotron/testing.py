@@ -14,6 +14,7 @@ import gc
 import multiprocessing
 import os
 import socket
+import threading
 import time
 import traceback
 from collections.abc import Callable
@@ -97,6 +98,7 @@ def _serve(pipe: Connection, threads: int) -> None:
     import torch
 
     torch.set_num_threads(threads)
+    threading.Thread(target=_die_with_parent, args=(os.getppid(),), daemon=True).start()
     while True:
         try:
             environment, function, args, kwargs = pipe.recv()
@@ -113,6 +115,13 @@ def _serve(pipe: Connection, threads: int) -> None:
         for name in _VARIABLES:
             os.environ.pop(name, None)
         gc.collect()
+
+
+def _die_with_parent(parent: int) -> None:
+    """A parent that was killed takes nobody along; ranks would wait for each other for ever."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _collect(pipes: list[Connection], timeout_s: float) -> list[tuple[bool, Any]]:

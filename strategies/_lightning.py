@@ -57,6 +57,16 @@ def set_rank(names: Names, rank: int) -> None:
     names.rank_zero_only.rank = utilities.rank_zero_only.rank = rank
 
 
+def say(names: Names, text: str) -> None:
+    """Print on rank 0, through Lightning's logger."""
+    importlib.import_module(f"{names.package}.utilities.rank_zero").rank_zero_info(text)
+
+
+def warn(names: Names, text: str) -> None:
+    """Warn on rank 0, through Lightning's logger."""
+    importlib.import_module(f"{names.package}.utilities.rank_zero").rank_zero_warn(text)
+
+
 def skip_backward(trainer: Any) -> None:
     """Keep Lightning from zeroing gradients and going backward around ``training_step``: a pipeline does both inside of it."""
     assert hasattr(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward")

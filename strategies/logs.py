@@ -32,12 +32,13 @@ class Call:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A call without its value. ``metric``: name of the logged metric object in the module."""
+    """A call without its value and batch size. ``metric``: name of the logged metric object in the module."""
 
     name: str
     options: tuple[tuple[str, Any], ...]
     metric: str | None = None
     has_value: bool = True
+    has_batch_size: bool = False
 
 
 @contextlib.contextmanager
@@ -73,7 +74,10 @@ def merge(per_microbatch: Sequence[Sequence[Call]], weights: Sequence[float]) ->
             merged.append(entries[-1][0])
             continue
         values = torch.stack([_scalar(call.value) for call, _ in entries])
-        shares = torch.tensor([weight for _, weight in entries], device=values.device)
+        options, shares = first.options, torch.tensor([weight for _, weight in entries], device=values.device)
+        if options.get("batch_size") is not None:  # the user's own weights
+            shares = torch.stack([_scalar(call.options["batch_size"]).to(values.device) for call, _ in entries])
+            options = {**options, "batch_size": shares.sum()}
         reduce = first.options.get("reduce_fx", "mean")
         kind = reduce if isinstance(reduce, str) else getattr(reduce, "__name__", "")
         if kind in ("mean", "avg"):
@@ -82,7 +86,7 @@ def merge(per_microbatch: Sequence[Sequence[Call]], weights: Sequence[float]) ->
             value = getattr(values, kind)()
         else:
             value = reduce(values)
-        merged.append(Call(name, value, first.options))
+        merged.append(Call(name, value, options))
     return merged
 
 
@@ -124,7 +128,7 @@ class LogRelay:
         """
         entries, values = self._pack(calls or ()) if self._is_last else ((), [])
         entries = self._agree(entries)
-        packed = torch.zeros(1 + sum(entry.has_value for entry in entries), device=self._device)
+        packed = torch.zeros(1 + sum(entry.has_value + entry.has_batch_size for entry in entries), device=self._device)
         if self._is_last:
             packed = torch.stack([_scalar(0.0 if extra is None else extra).to(self._device), *values])
             packed = self._average_over_dp(entries, packed)
@@ -138,9 +142,12 @@ class LogRelay:
 
     def _pack(self, calls: Sequence[Call]) -> tuple[tuple[_Entry, ...], list[Tensor]]:
         names = {id(m): name for name, m in self._module.named_modules() if isinstance(m, Metric)}
-        entries, values = [], []
+        entries, values, batch_sizes = [], [], []
         for call in calls:
             options = dict(call.options)
+            batch_size = options.pop("batch_size", None)
+            if batch_size is not None:
+                batch_sizes.append(_scalar(batch_size).to(self._device))
             metric, value = None, call.value
             if isinstance(value, Metric):
                 metric = names.get(id(value))
@@ -152,10 +159,10 @@ class LogRelay:
                 options.setdefault("metric_attribute", metric)
                 value = value._forward_cache
             has_value = value is not None
-            entries.append(_Entry(call.name, tuple(options.items()), metric, has_value))
+            entries.append(_Entry(call.name, tuple(options.items()), metric, has_value, batch_size is not None))
             if has_value:
                 values.append(_scalar(value).to(self._device))
-        return tuple(entries), values
+        return tuple(entries), values + batch_sizes
 
     def _agree(self, entries: tuple[_Entry, ...]) -> tuple[_Entry, ...]:
         """Return the last stage's entries on every rank."""
@@ -183,13 +190,17 @@ class LogRelay:
         return packed
 
     def _unpack(self, entries: tuple[_Entry, ...], values: Tensor) -> list[Call]:
-        remaining = iter(values.unbind())
+        count = sum(entry.has_value for entry in entries)
+        remaining, batch_sizes = iter(values[:count].unbind()), iter(values[count:].unbind())
         calls = []
         for entry in entries:
             value: Any = next(remaining) if entry.has_value else None
             if entry.metric is not None:
                 value = self._shared_metric(entry.metric, value)
-            calls.append(Call(entry.name, value, dict(entry.options)))
+            options = dict(entry.options)
+            if entry.has_batch_size:
+                options["batch_size"] = next(batch_sizes).long()
+            calls.append(Call(entry.name, value, options))
         return calls
 
     def _shared_metric(self, name: str, last_value: Tensor | None) -> SharedMetric:

@@ -30,7 +30,7 @@ from kenotron.layout import ParallelLayout, ZeroStage
 from kenotron.parallel import pipeline as pipelines
 from kenotron.parallel._torch import default_store, flatten
 from kenotron.parallel.apply import Parallelized, Request, parallelize
-from kenotron.parallel.grads import clip_by_norm, clip_by_value
+from kenotron.parallel.grads import clip_by_norm, clip_by_value, local
 from kenotron.parallel.plan import ParallelPlan
 from kenotron.parallel.random import RandomStreams
 from kenotron.ranks import RankMonitor
@@ -280,7 +280,18 @@ class KenotronStrategyBase(_LightningStrategy):
             self._connect_ranks(trainer, module)
         if self._done.cut is not None:
             self._connect_pipeline(trainer, module)
+        if fitting and self.world_size > 1:
+            self._say_who_does_what()
         self.barrier()
+
+    def _say_who_does_what(self) -> None:
+        assert self._done is not None
+        own = sum(local(p).numel() for p in self._done.named_parameters().values())
+        _lightning.say(
+            self.names,
+            f"{self.layout.table(device=self.root_device.type)}\n"
+            f"{self._done.num_parameters:,} parameters in all, {own:,} of them on rank 0",
+        )
 
     def setup_optimizers(self, trainer: Any) -> None:
         super().setup_optimizers(trainer)
@@ -291,6 +302,11 @@ class KenotronStrategyBase(_LightningStrategy):
                     group["foreach"] = False
 
     def _check(self, module: Any) -> None:
+        if self._uses_foreign_io and self.world_size > 1:
+            raise ValueError(
+                f"{type(self._checkpoint_io).__name__} gets whole state dicts on one rank, but the state is spread over "
+                f"{self.world_size} ranks. Leave the plugin out: KenotronStrategy writes sharded checkpoints itself."
+            )
         if self.layout.pp == 1:
             return
         if not module.automatic_optimization:
@@ -640,6 +656,12 @@ class KenotronStrategyBase(_LightningStrategy):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if self._uses_foreign_io or not checkpoints.is_checkpoint(checkpoint_path):
             loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
+            if loaded.get("optimizer_states") and self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING:
+                _lightning.warn(
+                    self.names,
+                    f"{checkpoint_path} was not written by Kénotron: its weights, loops and schedulers are restored, its "
+                    "optimizer state is not.",
+                )
             return loaded
         module = self._user_module
         assert self._state is not None

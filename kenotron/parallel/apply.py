@@ -57,7 +57,7 @@ class Parallelized:
     Args:
         root: the module. shards: what this rank holds of each parameter.
         cut: the pipeline cut, if ``pp > 1``. sharded: FSDP2's part; reducer: that of plain replicas.
-        applied: the names of the steps taken, in order.
+        applied: the names of the steps taken, in order. num_parameters: of the whole module.
     """
 
     root: nn.Module
@@ -71,6 +71,7 @@ class Parallelized:
     owed: OwedSums | None = None
     buffers: SharedBuffers | None = None
     applied: list[str] = field(default_factory=list)
+    num_parameters: int = 0
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return this rank's parameters by canonical name (that of the whole module), without those of other stages."""
@@ -128,6 +129,7 @@ def parallelize(root: nn.Module, mesh: DeviceMesh | None, request: Request) -> P
     shards = Shards(tp=layout.tp)
     aliases = _aliases(root)
     done = Parallelized(root=root, layout=layout, shards=shards, norm=GradientNorm(layout, shards), aliases=aliases)
+    done.num_parameters = sum(p.numel() for p in root.parameters())
     plan = find_plan(root, request.plan)
     if mesh is not None:
         init.broadcast_weights(root, request.device)

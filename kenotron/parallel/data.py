@@ -12,7 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torchmetrics import Metric
 
-_BUCKET_BYTES = 25 * 2**20
+#: A bucket holds a quarter of the gradients, so that most of them travel during the backward pass, within these bounds.
+_MIN_BUCKET_BYTES, _MAX_BUCKET_BYTES = 2**20, 25 * 2**20
 
 
 class GradientReducer:
@@ -23,22 +24,34 @@ class GradientReducer:
     so that all ranks agree. After `finish` each gradient is a view into its bucket.
 
     Args:
-        params: what is replicated; those without ``requires_grad`` are left out.
+        params: what is replicated; those without ``requires_grad`` join when they are unfrozen.
         group: the replicas.
     """
 
     def __init__(self, params: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
         self.group = group
         self.size = dist.get_world_size(group)
-        self._buckets = [_Bucket(members) for members in _buckets([p for p in params if p.requires_grad])]
+        self._averages = dist.get_backend(group) == "nccl"
+        self._waiting = list(params)
+        self._buckets: list[_Bucket] = []
         self._armed = False
         self._launched = 0
-        for bucket in self._buckets:
+        self._take_in()
+
+    def _take_in(self) -> None:
+        """Make buckets for parameters that are trained and have none yet."""
+        trained = [p for p in self._waiting if p.requires_grad]
+        if not trained:
+            return
+        self._waiting = [p for p in self._waiting if not p.requires_grad]
+        for bucket in map(_Bucket, _buckets(trained)):
+            self._buckets.append(bucket)
             for index, param in enumerate(bucket.params):
                 param.register_post_accumulate_grad_hook(lambda p, b=bucket, i=index: self._ready(b, i))
 
     def arm(self) -> None:
         """Let the backward pass that comes reduce; without it gradients only accumulate."""
+        self._take_in()
         self._armed = True
 
     def _ready(self, bucket: _Bucket, index: int) -> None:
@@ -49,7 +62,7 @@ class GradientReducer:
             self._launch()
 
     def _launch(self) -> None:
-        self._buckets[self._launched].launch(self.group, self.size)
+        self._buckets[self._launched].launch(self.group, self.size, self._averages)
         self._launched += 1
 
     def finish(self) -> None:
@@ -84,22 +97,26 @@ class _Bucket:
         return self._buffer
 
     @torch.no_grad()
-    def launch(self, group: dist.ProcessGroup, size: int) -> None:
+    def launch(self, group: dist.ProcessGroup, size: int, averages: bool) -> None:
+        """Start to average; ``averages``: the group's backend can do so, otherwise it is done while gradients are copied."""
         buffer = self._allocate()
         pairs = list(zip(self._views, self.params, strict=True))
-        fresh = [(view, p.grad) for view, p in pairs if p.grad is not None and p.grad.data_ptr() != view.data_ptr()]
-        if fresh:
-            torch._foreach_copy_([view for view, _ in fresh], [grad for _, grad in fresh])
+        if averages:
+            fresh = [(view, p.grad) for view, p in pairs if p.grad is not None and p.grad.data_ptr() != view.data_ptr()]
+            if fresh:
+                torch._foreach_copy_([view for view, _ in fresh], [grad for _, grad in fresh])
         for view, param in pairs:
             if param.grad is None:
                 view.zero_()
+            elif not averages:
+                torch.mul(param.grad, 1 / size, out=view)
         flags = buffer[-len(self.params) :]
         flags.fill_(1)
         for index, param in enumerate(self.params):
             if param.grad is None:
                 flags[index] = 0
-        buffer.div_(size)
-        self._work = dist.all_reduce(buffer, group=group, async_op=True)
+        operation = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
+        self._work = dist.all_reduce(buffer, operation, group=group, async_op=True)
 
     @torch.no_grad()
     def collect(self) -> None:
@@ -115,12 +132,14 @@ class _Bucket:
 
 
 def _buckets(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    total = sum(p.numel() * p.element_size() for p in params)
+    capacity = min(max(total // 4, _MIN_BUCKET_BYTES), _MAX_BUCKET_BYTES)
     buckets: list[list[nn.Parameter]] = []
     open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[nn.Parameter], int]] = {}
     for param in reversed(params):
         kind = (param.dtype, param.device)
         members, size = open_buckets.get(kind, ([], 0))
-        if not members or size >= _BUCKET_BYTES:
+        if not members or size >= capacity:
             members, size = [], 0
             buckets.append(members)
         members.append(param)
