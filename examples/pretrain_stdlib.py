@@ -29,11 +29,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kenotron
 from kenotron import checkpoint
 
-SEED, VOCABULARY, SEQUENCE_LENGTH, BATCH_SIZE = 1, 4096, 256, 16
+SEED, VOCABULARY, SEQUENCE_LENGTH, BATCH_SIZE = 1, 4096, 256, 8
 MODEL = {
     "vocab_size": VOCABULARY,
-    "hidden_size": 256,
-    "intermediate_size": 640,
+    "hidden_size": 128,
+    "intermediate_size": 320,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -69,7 +69,7 @@ def main() -> None:
 
     progress = Progress(options.steps)
     trainer = make_trainer(options, progress)
-    module = LlamaModule(MODEL, learning_rate=3e-3, warmup_steps=min(20, options.steps // 3), total_steps=options.steps)
+    module = LlamaModule(MODEL, learning_rate=2e-3, warmup_steps=min(20, options.steps // 3), total_steps=options.steps)
     if trainer.is_global_zero:
         print(trainer.strategy.layout.table(device=options.accelerator))
         print(f"{count_parameters() / 1e6:.1f} M parameters, {options.steps} steps of {TOKENS_PER_STEP:,} tokens")
@@ -205,7 +205,9 @@ class Progress(L.Callback):
 class ProgressBar(TQDMProgressBar):
     def get_metrics(self, *args: Any) -> dict[str, Any]:
         metrics = super().get_metrics(*args)
-        metrics.pop("v_num", None)
+        metrics.pop("v_num", None)  # the version of the logs: there is but one
+        if "tokens_per_s" in metrics:
+            metrics["tokens_per_s"] = f"{metrics['tokens_per_s']:,.0f}"  # tqdm writes 1.22e+3
         return metrics
 
 

@@ -133,7 +133,8 @@ class StdlibData(L.LightningDataModule):
             encoded = tokenizer.encode_batch([text + END_OF_FILE for text in documents])
             tokens = np.concatenate([np.array(document.ids, dtype=np.uint16) for document in encoded])
             np.save(unfinished / f"{split}.npy", tokens)
-            print(f"  {split:<5} {len(documents):>4} files  {sum(map(len, documents)):>10,} characters  {len(tokens):>9,} tokens")
+            size = f"{sum(map(len, documents)):>10,} characters  {len(tokens):>9,} tokens"
+            print(f"  {split:<5} {len(documents):>4} files  {size}", flush=True)
         os.rename(unfinished, self.folder)  # all at once: killed before, the next run starts over
 
     def tokenizer(self) -> Tokenizer:

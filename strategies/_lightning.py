@@ -41,9 +41,7 @@ class Names:
         )
         self.is_overridden: Callable[[str, Any], bool] = load(f"{package}.utilities.model_helpers", "is_overridden")
         self.init_dist_connection: Any = load(f"{fabric}.utilities.distributed", "_init_dist_connection")
-        self.backend_for_device: Any = load(
-            f"{fabric}.utilities.distributed", "_get_default_process_group_backend_for_device"
-        )
+        self.backend_for_device: Any = load(f"{fabric}.utilities.distributed", "_get_default_process_group_backend_for_device")
         self.all_gather_if_available: Any = load(f"{fabric}.utilities.distributed", "_all_gather_ddp_if_available")
         self.optimizers_to_device: Any = load(f"{fabric}.utilities.optimizer", "_optimizers_to_device")
         self.reset_seed: Any = load(f"{fabric}.utilities.seed", "reset_seed")

@@ -96,8 +96,8 @@ def check_same_batch(batch: Any, dp_rank: int) -> None:
         ranks = [i for i, (rank, _) in enumerate(found) if rank == coordinate]
         if len({found[i][1] for i in ranks}) > 1:
             raise ValueError(
-                f"ranks {ranks} share the samples of data-parallel rank {coordinate}, but loaded different batches. Shuffle by a "
-                "seed that does not depend on the rank (lightning.seed_everything), and no sampler by global rank."
+                f"ranks {ranks} share the samples of data-parallel rank {coordinate}, but loaded different batches. Shuffle by "
+                "a seed that does not depend on the rank (lightning.seed_everything), and no sampler by global rank."
             )
 
 

@@ -147,8 +147,8 @@ class CheckpointState:
         made = [len(optimizer.param_groups) for optimizer in self._optimizers]
         if made != [len(groups) for groups in saved]:
             raise ValueError(
-                f"configure_optimizers made {len(made)} optimizers with {made} parameter groups; the checkpoint {manifest.path} "
-                f"has {[len(groups) for groups in saved]}. Configure the same ones, or load weights only."
+                f"configure_optimizers made {len(made)} optimizers with {made} parameter groups; {manifest.path} has "
+                f"{[len(groups) for groups in saved]}. Configure the same ones, or load weights only."
             )
         keys: dict[str, list[str]] = {}
         for full_name in manifest.tensors:
@@ -282,4 +282,3 @@ def _empty_state(param: nn.Parameter, stored: StoredTensor, counters_on_device: 
     if len(stored.shape) == param.ndim:
         return torch.zeros_like(param, dtype=stored.dtype, requires_grad=False)
     return torch.zeros(stored.shape, dtype=stored.dtype, device=param.device)
-

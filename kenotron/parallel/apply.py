@@ -361,4 +361,3 @@ def _aliases(root: nn.Module) -> dict[str, str]:
         else:
             first[id(param)] = name
     return aliases
-

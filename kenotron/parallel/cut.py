@@ -99,8 +99,8 @@ class Flight:
         self._called.add(name)
         if self.taken:
             raise ValueError(
-                f"{name!r} is on an earlier pipeline stage, but the step calls it after the blocks of that stage: units must be "
-                "registered in the order in which they run. Register it after the blocks, or name the units of each stage "
+                f"{name!r} is on an earlier pipeline stage, but the step calls it after the blocks of that stage: units must "
+                "be registered in the order in which they run. Register it after the blocks, or name the units of each stage "
                 "in their order with plan=ParallelPlan(stages=[[...], ...])."
             )
         if like_block not in self._placeholders:
@@ -206,8 +206,8 @@ class _UnitRole:
             return flight.placeholder(self.name, like_block=self.name.startswith(self.cut.blocks + "."))
         if self.stage > flight.stage:
             raise ValueError(
-                f"{self.name!r} is on pipeline stage {self.stage}, but the step calls it while stage {flight.stage} runs, before "
-                "the stage's last block: units must be registered in the order in which they run. Register it before the "
+                f"{self.name!r} is on pipeline stage {self.stage}, but the step calls it while stage {flight.stage} runs, "
+                "before the stage's last block: units must be registered in the order in which they run. Register it before the "
                 "blocks, or name the units of each stage in their order with plan=ParallelPlan(stages=[[...], ...])."
             )
         flight.enter()

@@ -12,8 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torchmetrics import Metric
 
-#: A bucket holds a quarter of the gradients, so that most of them travel during the backward pass, within these bounds.
-_MIN_BUCKET_BYTES, _MAX_BUCKET_BYTES = 2**20, 25 * 2**20
+_BUCKET_BYTES = 25 * 2**20
 
 
 class GradientReducer:
@@ -132,14 +131,12 @@ class _Bucket:
 
 
 def _buckets(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
-    total = sum(p.numel() * p.element_size() for p in params)
-    capacity = min(max(total // 4, _MIN_BUCKET_BYTES), _MAX_BUCKET_BYTES)
     buckets: list[list[nn.Parameter]] = []
     open_buckets: dict[tuple[torch.dtype, torch.device], tuple[list[nn.Parameter], int]] = {}
     for param in reversed(params):
         kind = (param.dtype, param.device)
         members, size = open_buckets.get(kind, ([], 0))
-        if not members or size >= capacity:
+        if not members or size >= _BUCKET_BYTES:
             members, size = [], 0
             buckets.append(members)
         members.append(param)

@@ -49,9 +49,7 @@ def broadcast_weights(root: nn.Module, device: torch.device) -> None:
 
 
 @torch.no_grad()
-def materialize(
-    root: nn.Module, shards: Shards, aliases: Mapping[str, str], seed: int, device: torch.device
-) -> None:
+def materialize(root: nn.Module, shards: Shards, aliases: Mapping[str, str], seed: int, device: torch.device) -> None:
     """Replace every meta parameter and buffer of ``root`` by this rank's part of its initial value.
 
     Args:
@@ -142,6 +140,8 @@ def _initialisers(root: nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield ``(module name, initialiser)`` for modules inside of transformers models, which initialise from outside."""
     for prefix, model in transformers_models(root):
         for name, _ in model.named_modules(prefix=prefix):
-            ancestors = (root.get_submodule(name[:i]) for i in range(len(name), -1, -1) if i in (0, len(name)) or name[i] == ".")
+            ancestors = (
+                root.get_submodule(name[:i]) for i in range(len(name), -1, -1) if i in (0, len(name)) or name[i] == "."
+            )
             nearest = next((a for a in ancestors if hasattr(a, "_init_weights")), model)
             yield name, nearest._init_weights

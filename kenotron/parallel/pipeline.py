@@ -106,7 +106,7 @@ class Pipeline:
         cut: the cut module. schedule: a key of ``SCHEDULES``.
         group: the pipeline group. device: where activations live.
         enclose: runs a callable inside the root's own forward hooks (FSDP2's), if it has any.
-        before_backward: called with ``last=True`` before this rank's last backward pass of a step, ``last=False`` before others.
+        before_backward: called with ``last=True`` before this rank's last backward pass of a step, else ``last=False``.
         on_enter: called in every flight before the first own unit runs.
     """
 
@@ -325,10 +325,14 @@ class _Stage(PipelineStage):
         for index, meta in enumerate(metas):
             assert meta is not None
             infos[index] = tuple(
-                info if info.buffer is None or info.buffer.shape == shape
-                else RecvInfo(info.input_name, info.source, torch.empty(shape, dtype=dtype, device=self.device), info.tensor_meta)
-                for info, (shape, dtype) in zip(infos[index], meta.tensors, strict=True)
-            )  # fmt: skip
+                self._fitted(info, shape, dtype) for info, (shape, dtype) in zip(infos[index], meta.tensors, strict=True)
+            )
+
+    def _fitted(self, info: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Any:
+        if info.buffer is None or info.buffer.shape == shape:
+            return info
+        buffer = torch.empty(shape, dtype=dtype, device=self.device)
+        return RecvInfo(info.input_name, info.source, buffer, info.tensor_meta)
 
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False

@@ -52,7 +52,8 @@ class ParallelPlan:
         for pattern, style in self.tensor.items():
             if style not in STYLES:
                 raise ValueError(
-                    f"plan[{pattern!r}] = {style!r} is no style. Styles: " + "; ".join(f"{k!r} ({v})" for k, v in STYLES.items())
+                    f"plan[{pattern!r}] = {style!r} is no style. Styles: "
+                    + "; ".join(f"{k!r} ({v})" for k, v in STYLES.items())
                 )
 
     @staticmethod

@@ -57,10 +57,11 @@ class RandomStreams:
     def untouched(self) -> Iterator[None]:
         """Let nothing that runs inside move either stream."""
         model = self._model
-        with torch.random.fork_rng(devices=self._devices):
-            yield
-            self._data = None
-        self._model = model
+        try:
+            with torch.random.fork_rng(devices=self._devices):
+                yield
+        finally:  # a step that stops at its stage's boundary leaves by an exception
+            self._data, self._model = None, model
 
     def state_dict(self) -> dict[str, list[Tensor]]:
         """Return the model stream; the data stream is torch's global state."""

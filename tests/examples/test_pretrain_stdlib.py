@@ -18,8 +18,8 @@ import pytest
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
-import stdlib_data
-from stdlib_data import StdlibData, TokenLoader
+import stdlib_data  # noqa: E402
+from stdlib_data import StdlibData, TokenLoader  # noqa: E402
 
 
 class Run:
@@ -84,8 +84,7 @@ def test_killed_and_started_again_it_resumes_and_ends_with_the_summary(tmp_path:
     assert 0 not in val_losses(second), second
     for text in ("pp 2", "tokens seen", "tokens/s", "step=6.ckpt", "logs", "class Queue:"):
         assert text in second, second
-    assert "Warning" not in second, second
-    assert "Traceback" not in second, second
+    assert "site-packages" not in second, f"a warning or a traceback:\n{second}"
 
 
 @pytest.mark.slow
@@ -145,7 +144,7 @@ def test_loader_goes_on_with_the_batches_not_seen_yet_on_any_number_of_ranks() -
     rest = [sorted(a + b) for a, b in zip(batches(halves[0]), batches(halves[1]), strict=True)]
     assert seen == epochs[0][:3]
     assert rest == [sorted(batch) for batch in epochs[0][3:]]
-    assert sorted(sum((batches(half)[0] for half in halves), [])) == sorted(epochs[1][0])
+    assert sorted(batches(halves[0])[0] + batches(halves[1])[0]) == sorted(epochs[1][0])
 
 
 def test_data_cut_short_by_a_kill_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,6 +296,17 @@ def all_ignored(group: ProcessGroup) -> None:
     assert x.grad.eq(0).all()
 
 
+def rows_without_any_logit(group: ProcessGroup) -> None:
+    b, found = Batch(), []
+    for g in (None, group):
+        x, _, logits = _logits(b, g)
+        logits = logits.masked_fill(b.mask.unsqueeze(-1), -torch.inf)
+        lse = logits.logsumexp(-1)
+        lse.masked_fill(b.mask, 0.0).sum().backward()
+        found.append((lse.detach(), x.grad, _ce(logits, b.y, reduction="none").isnan()))
+    torch.testing.assert_close(found[1], found[0])
+
+
 def large_logits_and_nan(group: ProcessGroup) -> None:
     b = Batch(torch.float32, scale=3e3)
     for tail in ("flat", "own-log-softmax", "smoothing"):
@@ -550,6 +561,10 @@ def in_pieces(group: ProcessGroup) -> None:
 
 def test_no_target_at_all_gives_what_torch_gives(ranks):
     ranks(all_ignored)
+
+
+def test_rows_that_are_all_masked_give_what_torch_gives(ranks):
+    ranks(rows_without_any_logit)
 
 
 def test_large_logits_lose_no_digits_and_nan_shows(ranks):

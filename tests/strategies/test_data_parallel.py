@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.demos import Transformer as DemoTransformer
 from strategy_helpers import (
+    SLOW,
     Classifier,
     Rows,
     Task,
@@ -28,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from kenotron.testing import RankPool
 
+SOME_ZERO = pytest.mark.parametrize("zero_stage", [pytest.param(0, marks=SLOW), 1, pytest.param(2, marks=SLOW), 3])
 ZERO = pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
 
 
@@ -62,11 +64,10 @@ class Odd(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-@ZERO
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_scalars_and_sizes_that_the_ranks_do_not_divide(
-    pool: RankPool, zero_stage: int, ranks: int, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("zero_stage", "ranks"), [(0, 2), pytest.param(1, 4, marks=SLOW), (2, 2), (3, 2), pytest.param(3, 4, marks=SLOW)]
+)
+def test_scalars_and_sizes_that_the_ranks_do_not_divide(pool: RankPool, zero_stage: int, ranks: int, tmp_path: Path) -> None:
     layout = (ranks, {"zero_stage": zero_stage})
     fit_like_one_process(pool, Odd, layout, tmp_path, rows=24, val_rows=0, trainer={"gradient_clip_val": 0.5})
 
@@ -150,9 +151,7 @@ def fit_like_ddp(pool: RankPool, module: Any, zero_stage: int, folder: Path, ddp
 @pytest.mark.parametrize("zero_stage", [0, 1])
 def test_two_optimizers_by_hand_train_as_under_ddp(pool: RankPool, zero_stage: int, tmp_path: Path) -> None:
     # DDP looks for unused parameters: each update trains one of the two networks.
-    fit_like_ddp(
-        pool, Generative, zero_stage, tmp_path, "ddp_find_unused_parameters_true", rows=24, val_rows=0
-    )
+    fit_like_ddp(pool, Generative, zero_stage, tmp_path, "ddp_find_unused_parameters_true", rows=24, val_rows=0)
 
 
 @ZERO
@@ -179,7 +178,7 @@ class Demo(L.LightningModule):
         return torch.optim.SGD(self.model.parameters(), lr=0.1)
 
 
-@ZERO
+@SOME_ZERO
 def test_lightnings_demo_transformer(pool: RankPool, zero_stage: int, tmp_path: Path) -> None:
     fit_like_one_process(pool, Demo, (2, {"zero_stage": zero_stage}), tmp_path, rows=16, val_rows=0)
 
@@ -193,18 +192,20 @@ class UsesOneBranch(Classifier):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
-        return super().training_step((self.branches[self.trainer.global_rank](x), y), batch_idx)  # type: ignore[no-any-return]
+        loss = self.loss((self.branches[self.trainer.global_rank](x), y))
+        self.log("train_loss", loss, sync_dist=True)
+        return loss
 
 
 def test_parameters_that_only_one_rank_uses(pool: RankPool, tmp_path: Path) -> None:
-    expected = fit_like_ddp(
-        pool, UsesOneBranch, 0, tmp_path, "ddp_find_unused_parameters_true", rows=16, val_rows=0
-    )
+    expected = fit_like_ddp(pool, UsesOneBranch, 0, tmp_path, "ddp_find_unused_parameters_true", rows=16, val_rows=0)
     L.seed_everything(1, verbose=False)
-    untouched = UsesOneBranch().state_dict()["branches.2.weight"]
-    moved = expected[0]["weights"]["branches.0.weight"] - UsesOneBranch().state_dict()["branches.0.weight"].numpy()
-    assert abs(moved).max() > 1e-3
-    assert expected[0]["weights"]["branches.2.weight"].shape == tuple(untouched.shape)
+    initial = UsesOneBranch().state_dict()
+    moved = [
+        abs(expected[0]["weights"][f"branches.{i}.weight"] - initial[f"branches.{i}.weight"].numpy()).max() for i in range(3)
+    ]
+    assert min(moved[:2]) > 1e-3
+    assert moved[2] == 0
 
 
 # ------------------------------------------------------------------------------------------- what Lightning does for dp
@@ -244,9 +245,7 @@ class Collects(Classifier):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize(
-    ("ranks", "strategy"), [(2, {}), (4, {"tp": 2, "zero_stage": 3})], ids=["dp2", "dp2-tp2-zero3"]
-)
+@pytest.mark.parametrize(("ranks", "strategy"), [(2, {}), (4, {"tp": 2, "zero_stage": 3})], ids=["dp2", "dp2-tp2-zero3"])
 def test_samplers_reductions_and_gathers_see_data_parallel_ranks(pool: RankPool, ranks: int, strategy: Any) -> None:
     found = pool.run(sees_data, ranks, strategy)
     tp = ranks // 2
@@ -281,7 +280,7 @@ def gathers_eval(strategy: Any, folder: str) -> Any:
     return result, whole_weights(trainer, folder)
 
 
-@ZERO
+@SOME_ZERO
 def test_validating_after_every_batch_changes_nothing(pool: RankPool, zero_stage: int, tmp_path: Path) -> None:
     (metrics, weights), *_ = pool.run(gathers_eval, 1, None, str(tmp_path))
     found = pool.run(gathers_eval, 2, {"zero_stage": zero_stage}, str(tmp_path))

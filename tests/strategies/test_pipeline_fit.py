@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from strategy_helpers import (
     DP2_PP2,
     PP2,
+    SLOW,
     TP2_PP2,
     Classifier,
     Task,
@@ -27,6 +28,7 @@ from torch import Tensor
 from kenotron.testing import RankPool
 
 LAYOUTS = pytest.mark.parametrize("layout", [PP2, TP2_PP2, DP2_PP2], ids=["pp2", "tp2-pp2", "dp2-pp2"])
+SMALL_FIRST = pytest.mark.parametrize("layout", [PP2, pytest.param(DP2_PP2, marks=SLOW)], ids=["pp2", "dp2-pp2"])
 SMALL = pytest.mark.parametrize("layout", [PP2, DP2_PP2], ids=["pp2", "dp2-pp2"])
 
 
@@ -115,7 +117,7 @@ class Sgd(Classifier):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
-@pytest.mark.parametrize("clip", [None, 0.2])
+@pytest.mark.parametrize("clip", [None, pytest.param(0.2, marks=SLOW)])
 @LAYOUTS
 def test_accumulation_with_a_partial_last_update(pool: RankPool, layout: Any, clip: float | None, tmp_path: Path) -> None:
     # 3 batches in an epoch: one update from two of them, one from the last alone.
@@ -168,9 +170,7 @@ class HookedBoth(Hooked):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_hooks_run_once_per_batch_and_update(pool: RankPool, accumulate: int, tmp_path: Path) -> None:
     trainer = {"accumulate_grad_batches": accumulate}
-    expected, *found = fit_like_one_process(
-        pool, HookedBoth, PP2, tmp_path, trainer=trainer, callbacks=[HookedCallback]
-    )
+    expected, *found = fit_like_one_process(pool, HookedBoth, PP2, tmp_path, trainer=trainer, callbacks=[HookedCallback])
     assert expected["seen"].count("on_before_optimizer_step") == 2 * (6 if accumulate == 1 else 4)
     for rank in found:
         assert rank["seen"] == expected["seen"]
@@ -247,7 +247,7 @@ class GroupsByDims(Classifier):
 
 
 @pytest.mark.parametrize("module", [Frozen, FrozenAndFiltered, HeadOnly, GroupsByName, GroupsByDims])
-@SMALL
+@SMALL_FIRST
 def test_what_the_optimizer_gets(pool: RankPool, layout: Any, module: Any, tmp_path: Path) -> None:
     fit_like_one_process(pool, module, layout, tmp_path, trainer={"gradient_clip_val": 0.5})
 
@@ -309,9 +309,7 @@ def test_augmentation_before_the_model_is_the_same_on_all_stages_and_pipelines(p
         assert rank["noise"] == two[0]["noise"]
     # Without dropout the losses are the same, too.
     task = {"rows": 16, "val_rows": 0, "folder": str(tmp_path)}
-    losses = [
-        pool.run(fit, pp, Task(Noisy, {"pp": pp, "microbatches": 4}, **task))[0]["losses"] for pp in (2, 4)
-    ]
+    losses = [pool.run(fit, pp, Task(Noisy, {"pp": pp, "microbatches": 4}, **task))[0]["losses"] for pp in (2, 4)]
     close(losses[0], losses[1])
 
 

@@ -154,12 +154,3 @@ def test_the_logger_of_rank_0_gets_what_one_process_logs(pool: RankPool, tmp_pat
     found = table(pool.run(write_csv, 2, PP2[1], str(tmp_path / "two"))[0])
     assert len(expected["train_loss_step"]) == 6
     close(found, expected)
-
-
-class ForeignMetric(Classifier):
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        loss = super().training_step(batch, batch_idx)
-        metric = torchmetrics.MeanMetric()
-        metric.update(loss.detach())
-        self.log("nowhere", metric, metric_attribute="nowhere")
-        return loss

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import pytest
 import torch
-from strategy_helpers import DP2_PP2, PP2, TP2_PP2, WIDTH, Block, Classifier, fit_like_one_process
+from strategy_helpers import DP2_PP2, PP2, SLOW, TP2_PP2, WIDTH, Block, Classifier, fit_like_one_process
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
@@ -136,7 +136,7 @@ class Weighted(nn.Module):
 
 
 @pytest.mark.parametrize("module", [Recomputes, Compiled, Wrapped])
-@pytest.mark.parametrize("layout", [PP2, DP2_PP2], ids=["pp2", "dp2-pp2"])
+@pytest.mark.parametrize("layout", [PP2, pytest.param(DP2_PP2, marks=SLOW)], ids=["pp2", "dp2-pp2"])
 def test_plain_modules(pool: RankPool, layout: Any, module: Any, tmp_path: Path) -> None:
     fit_like_one_process(pool, module, layout, tmp_path)
 
@@ -175,15 +175,20 @@ class Transformer(L.LightningModule):
         self.model.train()
 
 
-@pytest.mark.parametrize("kind", ["llama", "gpt2"])
-@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize(
+    ("kind", "reentrant"),
+    [
+        ("llama", None), ("llama", False), ("llama", True),
+        ("gpt2", None), pytest.param("gpt2", False, marks=SLOW), pytest.param("gpt2", True, marks=SLOW),
+    ],
+)  # fmt: skip
 def test_transformers_with_and_without_recompute(pool: RankPool, kind: str, reentrant: bool | None, tmp_path: Path) -> None:
     settings = {"kind": kind, "reentrant": reentrant}
     trainer = {"max_epochs": 1}
     fit_like_one_process(pool, Transformer, PP2, tmp_path, settings=settings, collate=tokens, trainer=trainer)
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=SLOW)])
 def test_transformers_recompute_with_tensor_parallelism(pool: RankPool, reentrant: bool, tmp_path: Path) -> None:
     settings = {"kind": "llama", "reentrant": reentrant}
     fit_like_one_process(pool, Transformer, TP2_PP2, tmp_path, settings=settings, collate=tokens, trainer={"max_epochs": 1})

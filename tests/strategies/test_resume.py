@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from strategy_helpers import (
     DP2_PP2,
     PP2,
+    SLOW,
     TP2_PP2,
     Classifier,
     Keep,
@@ -62,13 +63,13 @@ def resumed(
     whole = pool.run(
         fit, first[0], task(first[1], trainer={"max_epochs": 3}, callbacks=[functools.partial(save_each_epoch, str(folder))])
     )
-    rest = pool.run(
-        fit, second[0], task(second[1], trainer={"max_epochs": 3}, fit={"ckpt_path": str(folder / "epoch=0.ckpt")})
-    )
+    rest = pool.run(fit, second[0], task(second[1], trainer={"max_epochs": 3}, fit={"ckpt_path": str(folder / "epoch=0.ckpt")}))
     return whole, rest
 
 
-@pytest.mark.parametrize("name", ["one", "dp2", "dp2-zero3", "tp2", "pp2", "dp2-pp2"])
+@pytest.mark.parametrize(
+    "name", ["one", "dp2", pytest.param("dp2-zero3", marks=SLOW), "tp2", "pp2", pytest.param("dp2-pp2", marks=SLOW)]
+)
 def test_resume_on_the_same_layout_is_bit_for_bit(pool: RankPool, name: str, tmp_path: Path) -> None:
     whole, rest = resumed(pool, LAYOUTS[name], LAYOUTS[name], tmp_path, dropout=0.3)
     for full, part in zip(whole, rest, strict=True):
@@ -81,7 +82,7 @@ def test_resume_on_the_same_layout_is_bit_for_bit(pool: RankPool, name: str, tmp
         assert (rest[0]["weights"][key] == value).all(), key
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=SLOW)])
 @pytest.mark.parametrize(
     ("first", "second"),
     [("dp2", "pp2"), ("tp2", "dp2-zero3"), ("tp2-pp2", "one"), ("one", "dp2-pp2"), ("pp2", "dp2-zero0")],

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from strategy_helpers import DP2_PP2, PP2, TP2_PP2, Classifier, Task, close, fit
+from strategy_helpers import DP2_PP2, PP2, SLOW, TP2_PP2, Classifier, Task, close, fit
 
 from kenotron.testing import RankPool
 
@@ -49,7 +49,7 @@ class MaskedMeanByHand(MaskedSum):
         optimizer.step()  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=SLOW), 2])
 @pytest.mark.parametrize(
     "layout",
     [(1, {}), (2, {}), (2, {"zero_stage": 0}), (2, {"zero_stage": 2}), (2, {"tp": 2}), PP2, TP2_PP2, DP2_PP2],
@@ -58,9 +58,7 @@ class MaskedMeanByHand(MaskedSum):
 def test_sums_with_token_counts(pool: RankPool, layout: Any, accumulate: int, tmp_path: Path) -> None:
     ranks, strategy = layout
     by_hand = pool.run(fit, 1, Task(MaskedMeanByHand, None, settings={"accumulate": accumulate}, val_rows=0))[0]
-    task = Task(
-        MaskedSum, strategy, trainer={"accumulate_grad_batches": accumulate}, val_rows=0, folder=str(tmp_path)
-    )
+    task = Task(MaskedSum, strategy, trainer={"accumulate_grad_batches": accumulate}, val_rows=0, folder=str(tmp_path))
     for rank, found in enumerate(pool.run(fit, ranks, task)):
         close(found["weights"], by_hand["weights"], 1e-5, f"rank {rank}")
         close([e["total"] for e in found["epochs"]], [e["total"] for e in by_hand["epochs"]], where=f"rank {rank}")

@@ -1,0 +1,119 @@
+"""What all parts of the strategy stand on: who this process is, and the state that they share."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from kenotron.layout import ParallelLayout
+from kenotron.parallel.apply import Parallelized
+from kenotron.parallel.random import RandomStreams
+from kenotron.ranks import RankMonitor
+from kenotron.strategies import _lightning
+from kenotron.strategies.loss import TokenCount
+from kenotron.strategies.settings import CheckpointSettings
+from kenotron.strategies.state import CheckpointState
+from kenotron.strategies.steps import PipelineSteps
+
+if TYPE_CHECKING:
+    from lightning.pytorch.strategies import ParallelStrategy as _LightningStrategy
+    from torch.distributed.device_mesh import DeviceMesh
+else:  # mixed in by `strategy_class`, from either of Lightning's packages
+    _LightningStrategy = object
+
+
+class StrategyBase(_LightningStrategy):
+    """The strategy's state; `strategy.KenotronStrategyBase` sets it up."""
+
+    names: _lightning.Names
+    num_nodes: int
+    last_grad_norm: torch.Tensor | None
+    _wanted: ParallelLayout
+    _layout: ParallelLayout | None
+    _checkpoint_settings: CheckpointSettings
+    _mesh: DeviceMesh | None
+    _dp_group: dist.ProcessGroup
+    _host_pp_group: dist.ProcessGroup
+    _monitor: RankMonitor | None
+    _done: Parallelized | None
+    _steps: PipelineSteps | None
+    _state: CheckpointState | None
+    _tokens: TokenCount | None
+    _streams: RandomStreams | None
+    _sync: bool
+    _sum_to_differentiate: torch.Tensor | None
+    _run_id: str
+    _num_saves: int
+
+    @property
+    def _user_module(self) -> Any:
+        assert self.lightning_module is not None
+        return self.lightning_module
+
+    @property
+    def layout(self) -> ParallelLayout:
+        """The layout; its sizes are numbers as soon as the number of processes is known."""
+        if self._layout is None and (self.parallel_devices is not None or self._wanted.dp != "auto"):
+            with contextlib.suppress(ValueError):  # reported where processes start
+                return self._wanted.resolve(self.num_nodes * self.num_processes)
+        return self._layout or self._wanted
+
+    @property
+    def root_device(self) -> torch.device:
+        return self.parallel_devices[self.local_rank] if self.parallel_devices else torch.device("cpu")
+
+    @property
+    def num_processes(self) -> int:
+        return len(self.parallel_devices) if self.parallel_devices else 1
+
+    @property
+    def is_distributed(self) -> bool:
+        """Whether samples are split over ranks: then Lightning brings in its sampler and lets ``sync_dist`` reduce."""
+        return self._dp_size > 1
+
+    @property
+    def _dp_size(self) -> int:
+        layout = self.layout
+        return 1 if layout.dp == "auto" else layout.dp_size
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        return {"num_replicas": self._dp_size, "rank": self.layout.dp_rank(self.global_rank)}
+
+    @property
+    def restore_checkpoint_after_setup(self) -> bool:
+        return True
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        return False
+
+    def set_world_ranks(self) -> None:
+        if self.cluster_environment is not None and self.parallel_devices:
+            self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
+            self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
+        _lightning.set_rank(self.names, self.global_rank)
+
+    def _configure_launcher(self) -> None:
+        if self.num_processes * self.num_nodes == 1:
+            return
+        # Also where processes exist already (torchrun, SLURM): it checks that their number is devices × num_nodes.
+        self._launcher = self.names.SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
+
+    @property
+    def _is_connected(self) -> bool:
+        return self._mesh is not None and dist.is_initialized()
+
+    @property
+    def _is_failing(self) -> bool:
+        module = self._lightning_module
+        trainer = getattr(module, "_trainer", None) if module is not None else None
+        return trainer is not None and trainer.state.status == "interrupted"
+
+    @property
+    def _uses_foreign_io(self) -> bool:
+        """Whether the user's own CheckpointIO plugin reads and writes (one process: it takes whole tensors)."""
+        return self._checkpoint_io is not None and type(self._checkpoint_io).__name__ != "TorchCheckpointIO"

@@ -1,0 +1,98 @@
+"""Lightning's checkpoint calls, answered from the sharded state."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch.optim import Optimizer
+
+from kenotron import checkpoint as checkpoints
+from kenotron.strategies import _lightning
+from kenotron.strategies.base import StrategyBase
+from kenotron.strategies.checkpointing import (
+    LOADED_IN_PLACE,
+    load_training,
+    random_state,
+    save_training,
+    set_random_state,
+)
+
+
+class Persistence(StrategyBase):
+    """Saves on all ranks, without a collective; loads any layout's checkpoint in place."""
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        if self._state is None:
+            state: dict[str, Any] = super().lightning_module_state_dict()
+            return state
+        return self._state.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Nothing: what this rank has of it goes to the checkpoint straight from the optimizer."""
+        if self._state is None or self._uses_foreign_io:
+            state: dict[str, Any] = super().optimizer_state(optimizer)
+            return state
+        return {}
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self._uses_foreign_io or self._state is None:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+            return
+        if storage_options is not None:
+            raise ValueError("storage_options belong to a CheckpointIO plugin; KenotronStrategy writes files itself.")
+        save_training(
+            checkpoint,
+            filepath,
+            self._state,
+            rank=self.global_rank,
+            world_size=self.world_size,
+            save_id=self._next_save_id(),
+            settings=self._checkpoint_settings,
+            handling_exception=self._is_failing,
+            rank_state={"random": random_state(self.root_device), "streams": self._streams_state()},
+        )
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if self._uses_foreign_io or not checkpoints.is_checkpoint(checkpoint_path):
+            loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
+            if loaded.get("optimizer_states") and self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING:
+                _lightning.warn(
+                    self.names,
+                    f"{checkpoint_path} was not written by Kénotron: its weights, loops and schedulers are restored, its "
+                    "optimizer state is not.",
+                )
+            return loaded
+        module = self._user_module
+        assert self._state is not None
+        restored = load_training(
+            checkpoint_path,
+            self._state,
+            strict=module.strict_loading,
+            with_optimizers=module.trainer.state.fn == self.names.TrainerFn.FITTING,
+            rank=self.global_rank,
+            world_size=self.world_size,
+            allow_pickle=self._checkpoint_settings.allow_pickle,
+        )
+        if restored.rank_state is not None and module.trainer.state.fn == self.names.TrainerFn.FITTING:
+            set_random_state(restored.rank_state["random"], self.root_device)
+            if self._streams is not None and restored.rank_state["streams"] is not None:
+                self._streams.load_state_dict(restored.rank_state["streams"])
+        return restored.checkpoint
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Load a whole state dict, as another strategy saved it; a sharded checkpoint is in place already."""
+        if not checkpoint.get(LOADED_IN_PLACE):
+            assert self._state is not None
+            self._state.load_whole(checkpoint["state_dict"], strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Nothing: they are loaded with the checkpoint."""
+
+    def _streams_state(self) -> Any:
+        return None if self._streams is None else self._streams.state_dict()
+
+    def _next_save_id(self) -> str:
+        """Return the same new name on all ranks, without asking them."""
+        self._num_saves += 1
+        return f"{self._run_id}-{self._num_saves}"

@@ -1,0 +1,179 @@
+"""A batch through the module: training and evaluation steps, backward, gradients over all ranks."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Generator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torchmetrics import Metric
+
+from kenotron.parallel.grads import clip_by_norm, clip_by_value
+from kenotron.strategies import _lightning
+from kenotron.strategies.failures import Failures
+from kenotron.strategies.loss import StepLoss
+from kenotron.strategies.microbatches import check_same_batch
+
+
+class Training(Failures):
+    """Runs steps plainly, or through the pipeline where there is one."""
+
+    @contextlib.contextmanager
+    def block_backward_sync(self) -> Generator[None, None, None]:
+        """Let gradients accumulate without reducing them."""
+        self._sync = False
+        try:
+            yield
+        finally:
+            self._sync = True
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """At the start of an epoch: ranks that share samples must have loaded the same ones."""
+        if batch_idx == 0 and self.world_size > self._dp_size:
+            check_same_batch(batch, self.layout.dp_rank(self.global_rank))
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+        assert self._done is not None
+        try:
+            if self._done.buffers is not None:
+                self._done.buffers.share()
+            if self._steps is not None:
+                return self._pipelined_training_step(*args, *kwargs.values())
+            return self._plain_training_step(*args, **kwargs)
+        except Exception as error:
+            raise self._explain(error) from error.__cause__
+
+    def _plain_training_step(self, *args: Any, **kwargs: Any) -> Any:
+        module, done = self._user_module, self._done
+        assert done is not None and self._tokens is not None
+        with self.precision_plugin.train_step_context(), self._shown_values_are_means(module):
+            output = done.enclose(lambda: module.training_step(*args, **kwargs))
+        if module.automatic_optimization and isinstance(output, dict) and "num_tokens" in output:
+            loss = StepLoss.of(output)
+            self._sum_to_differentiate = self._tokens.to_differentiate(loss, 1.0)
+            output = {**output, "loss": self._tokens.mean([loss], [1.0])}
+        elif module.automatic_optimization and output is not None:
+            StepLoss.of(output)
+        return output
+
+    @contextlib.contextmanager
+    def _shown_values_are_means(self, module: Any) -> Generator[None, None, None]:
+        """What the progress bar shows of a training step is the mean over data-parallel ranks."""
+        if not self.is_distributed or "log" in module.__dict__:
+            yield
+            return
+        log = module.log
+
+        def log_mean(name: str, value: Any, prog_bar: bool = False, *args: Any, **options: Any) -> None:
+            if prog_bar and not isinstance(value, Metric) and not args:
+                options["sync_dist"] = True
+            log(name, value, prog_bar, *args, **options)
+
+        module.__dict__["log"] = log_mean
+        try:
+            yield
+        finally:
+            del module.__dict__["log"]
+
+    def _pipelined_training_step(self, batch: Any, *rest: Any) -> Tensor:
+        module, package = self._user_module, self.names.package
+        trainer = module.trainer
+        assert self._steps is not None
+        batch_idx, accumulate = _lightning.current_batch_idx(trainer), trainer.accumulate_grad_batches
+        if batch_idx % accumulate == 0:
+            _lightning.zero_grad(trainer, batch_idx, self.optimizers[0])
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        loss = self._steps.train(
+            module.training_step,
+            batch,
+            rest,
+            self.precision_plugin.train_step_context,
+            scale=scaler.scale if scaler is not None else lambda tensor: tensor,
+            accumulate=accumulate,
+        )
+        _lightning.call_hook(trainer, package, "on_before_backward", loss)
+        if self._sync:
+            self._finish_gradients()
+        _lightning.call_hook(trainer, package, "on_after_backward")
+        return loss
+
+    def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
+        done, module = self._done, self._user_module
+        assert done is not None
+        if self._sum_to_differentiate is not None:
+            closure_loss, self._sum_to_differentiate = self._sum_to_differentiate, None
+        owed = contextlib.nullcontext() if module.automatic_optimization else done.kept_apart()
+        self.pre_backward(closure_loss)
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)
+        with owed:
+            done.before_backward(last_microbatch=True, sync=self._sync)
+            self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
+            if self._sync:
+                self._finish_gradients()
+        closure_loss = self.precision_plugin.post_backward(closure_loss, module)
+        self.post_backward(closure_loss)
+        return closure_loss
+
+    def _finish_gradients(self) -> None:
+        assert self._done is not None and self._tokens is not None
+        self._done.finish_gradients()
+        if self._tokens.uses_sums:
+            self._tokens.normalise(self._done.named_parameters().values())
+
+    def _gradients_of(self, optimizer: Optimizer) -> dict[str, nn.Parameter]:
+        """Return the parameters of one optimizer by name: through its groups, since the module may show gathered ones."""
+        assert self._done is not None
+        names = {id(param): name for name, param in self._done.named_parameters().items()}
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        return {names[id(param)]: param for param in params if id(param) in names}
+
+    def _clip_by_norm(self, optimizer: Optimizer, clip_val: float) -> None:
+        assert self._done is not None
+        params = self._gradients_of(optimizer)
+        self.last_grad_norm = self._done.norm(params)
+        clip_by_norm(params, self.last_grad_norm, clip_val)
+
+    def _clip_by_value(self, optimizer: Optimizer, clip_val: float) -> None:
+        clip_by_value(self._gradients_of(optimizer).values(), clip_val)
+
+    def grad_norm(self, optimizer: Optimizer | None = None, norm_type: float = 2.0) -> Tensor:
+        """Return the norm of the whole gradient, every element counted once (0-dim float32). All ranks call it."""
+        assert self._done is not None
+        return self._done.norm(self._gradients_of(optimizer or self.optimizers[0]), norm_type)
+
+    def validation_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate("validation_step", self.precision_plugin.val_step_context, args, kwargs)
+
+    def test_step(self, *args: Any, **kwargs: Any) -> Any:
+        return self._evaluate("test_step", self.precision_plugin.test_step_context, args, kwargs)
+
+    def predict_step(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._evaluate("predict_step", self.precision_plugin.predict_step_context, args, kwargs)
+        return output if self._steps is None else self._steps.share(output)
+
+    def _evaluate(self, name: str, context: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._done is not None
+        step = getattr(self._user_module, name)
+        try:
+            if self._steps is not None:
+                batch, *rest = (*args, *kwargs.values())
+                return self._steps.evaluate(step, batch, tuple(rest), context)
+            with context():
+                return self._done.enclose(lambda: step(*args, **kwargs))
+        except Exception as error:
+            raise self._explain(error) from error.__cause__
+
+    def on_validation_end(self) -> None:
+        self._reshard()
+
+    def on_test_end(self) -> None:
+        self._reshard()
+
+    def on_predict_end(self) -> None:
+        self._reshard()
+
+    def _reshard(self) -> None:
+        if self._done is not None and self._done.sharded is not None:
+            self._done.sharded.reshard()
