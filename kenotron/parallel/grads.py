@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -129,7 +128,13 @@ class GradientNorm:
             return total
         total = torch.zeros((), device=device)
         for copies, grads in by_copies.items():
-            norms: Any = torch._foreach_norm(grads, norm_type, dtype=torch.float32)
+            # torch widens to the dtype that it is given, but never narrows: float64 gradients keep theirs.
+            double = [grad for grad in grads if grad.dtype == torch.float64]
+            single = [grad for grad in grads if grad.dtype != torch.float64]
+            norms: list[Tensor] = [
+                *(torch._foreach_norm(single, norm_type, dtype=torch.float32) if single else ()),
+                *(norm.float() for norm in (torch._foreach_norm(double, norm_type) if double else ())),
+            ]
             total = total + torch.stack(norms).pow(norm_type).sum() / copies
         if distributed:
             dist.all_reduce(total)

@@ -352,7 +352,7 @@ class VocabParallelLogits(Tensor):
         if func in (torch.ops.aten.view.default, torch.ops.aten.alias.default, torch.ops.aten.detach.default):
             logits = args[0]
             if func is not torch.ops.aten.view.default or tuple(args[1]) == logits._global_shape():
-                return _make_wrapper(logits._local.detach(), logits._dim, logits._group, logits._writes)
+                return _make_wrapper(logits.to_local().detach(), logits._dim, logits._group, logits._writes)
         if func._schema.is_mutable:
             raise NotImplementedError(f"{func} changes vocabulary-parallel logits in place: call logits.full_tensor().")
         with torch.no_grad():
@@ -671,7 +671,7 @@ def _argmax_or_max(func: Any, args: Any, kwargs: Any) -> Any:
     if call is None or not _over_vocabulary(logits, call):
         return NotImplemented
     dim, keepdim = logits._dim, call.get("keepdim")
-    index = _argmax(logits._local, dim, logits._group)
+    index = _argmax(logits.to_local(), dim, logits._group)
     if func.__name__ == "argmax":
         return index if keepdim else index.squeeze(dim)
     value = _pick(logits.to_local(), dim, index, logits._group)
