@@ -99,6 +99,8 @@ class StrategyBase(_LightningStrategy):
 
     def _configure_launcher(self) -> None:
         if self.num_processes * self.num_nodes == 1:
+            if self.cluster_environment is not None and self.cluster_environment.creates_processes_externally:
+                self.cluster_environment.validate_settings(num_devices=1, num_nodes=1)
             return
         # Also where processes exist already (torchrun, SLURM): it checks that their number is devices × num_nodes.
         self._launcher = self.names.SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)

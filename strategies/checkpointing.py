@@ -19,6 +19,19 @@ from kenotron.strategies.state import CheckpointState
 LOADED_IN_PLACE = "kenotron_loaded_in_place"
 
 
+def check_path(path: Any) -> None:
+    """Refuse URLs, which ``pathlib`` would take for folders of this machine.
+
+    Raises:
+        ValueError: ``path`` is one.
+    """
+    if "://" in str(path):
+        raise ValueError(
+            f"Checkpoints are directories on a file system that all ranks see, and {path} is a URL. Mount it and give a path, "
+            "or use a CheckpointIO plugin."
+        )
+
+
 def save_training(
     checkpoint: Mapping[str, Any],
     path: Any,

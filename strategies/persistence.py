@@ -12,6 +12,7 @@ from kenotron.strategies import _lightning
 from kenotron.strategies.base import StrategyBase
 from kenotron.strategies.checkpointing import (
     LOADED_IN_PLACE,
+    check_path,
     load_training,
     random_state,
     save_training,
@@ -41,6 +42,7 @@ class Persistence(StrategyBase):
             return
         if storage_options is not None:
             raise ValueError("storage_options belong to a CheckpointIO plugin; KenotronStrategy writes files itself.")
+        check_path(filepath)
         save_training(
             checkpoint,
             filepath,
@@ -63,8 +65,12 @@ class Persistence(StrategyBase):
                     "optimizer state is not.",
                 )
             return loaded
+        if self._state is None:
+            raise RuntimeError(
+                f"{checkpoint_path} is loaded into the sharded module, which is not there yet. Pass it as ckpt_path to fit, "
+                "validate, test or predict."
+            )
         module = self._user_module
-        assert self._state is not None
         restored = load_training(
             checkpoint_path,
             self._state,

@@ -33,6 +33,7 @@ from kenotron.parallel.plan import ParallelPlan
 from kenotron.parallel.random import RandomStreams
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
+from kenotron.strategies.checkpointing import check_path
 from kenotron.strategies.collectives import Collectives
 from kenotron.strategies.logs import LogRelay
 from kenotron.strategies.loss import TokenCount
@@ -199,6 +200,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         )
         fitting = trainer.state.fn == self.names.TrainerFn.FITTING
         if fitting:
+            self._check_checkpoint_paths(trainer)
             self.setup_optimizers(trainer)
         self._state = CheckpointState(self._done, self.optimizers, self.layout, self.global_rank)
         self.setup_precision_plugin()
@@ -228,6 +230,13 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             if len(mixed) > 1:  # scalars are not sharded: no single multi-tensor kernel takes both kinds
                 for group in optimizer.param_groups:
                     group["foreach"] = False
+
+    def _check_checkpoint_paths(self, trainer: Any) -> None:
+        """Refuse here what would otherwise be refused at the end of the first epoch."""
+        if self._uses_foreign_io:
+            return
+        for callback in trainer.checkpoint_callbacks:
+            check_path(getattr(callback, "dirpath", None))
 
     def _check(self, module: Any) -> None:
         if self._uses_foreign_io and self.world_size > 1:

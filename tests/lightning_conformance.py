@@ -3,7 +3,7 @@
 With a checkout of pytorch-lightning of the installed version (``git clone --branch 2.6.6``)::
 
     cd pytorch-lightning/tests
-    PYTHONPATH=.:<kenotron>/tests python -m pytest -p lightning_conformance -p no:cacheprovider tests_pytorch/models/test_hooks.py
+    PYTHONPATH=.:<kenotron>/tests python -m pytest -p lightning_conformance tests_pytorch/models/test_hooks.py
 
 Wherever the Trainer would choose ``SingleDeviceStrategy``, it gets ``KenotronStrategy()`` instead. Tests that name a strategy
 themselves keep it. Without ``-p lightning_conformance`` the same command gives the baseline. What differs, and why, is in
@@ -30,7 +30,7 @@ _replaced = 0
 def _choose_kenotron(self: Any) -> Any:
     global _replaced
     chosen = _choose(self)
-    # No subclass, and not XLA's or MPS's single device. By name: a test may have patched the class.
+    # No subclass (XLA's single device), and no MPS.
     if type(chosen) is not SingleDeviceStrategy or chosen.root_device.type not in ("cpu", "cuda"):
         return chosen
     _replaced += 1

@@ -214,7 +214,6 @@ class _LogNormalizer(Function):
     @once_differentiable
     def backward(ctx: Any, _: Tensor, grad: Tensor) -> tuple[Tensor | None, ...]:
         local, peak, log_sum = ctx.saved_tensors
-        log_sum = log_sum.masked_fill(log_sum == -torch.inf, 0.0)  # a row that is all masked: no gradient, as in torch
         return (local - peak).sub_(log_sum).exp_().mul_(grad).to(local.dtype), None, None
 
 

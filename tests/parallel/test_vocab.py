@@ -300,7 +300,7 @@ def rows_without_any_logit(group: ProcessGroup) -> None:
     b, found = Batch(), []
     for g in (None, group):
         x, _, logits = _logits(b, g)
-        logits = logits + torch.zeros(B, S, 1).masked_fill(b.mask.unsqueeze(-1), -torch.inf)
+        logits = logits.masked_fill(b.mask.unsqueeze(-1), -torch.inf)
         lse = logits.logsumexp(-1)
         lse.masked_fill(b.mask, 0.0).sum().backward()
         found.append((lse.detach(), x.grad, _ce(logits, b.y, reduction="none").isnan()))
