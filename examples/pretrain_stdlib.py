@@ -97,7 +97,9 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--pp", type=int, default=1 if on_gpu else 2, help="pipeline stages")
     parser.add_argument("--zero-stage", type=int, default=1, choices=(0, 1, 2, 3), help="default: %(default)s")
     parser.add_argument("--precision", default="bf16-mixed" if on_gpu else "32-true", help="as in Lightning's Trainer")
-    parser.add_argument("--val-every", type=int, default=50, help="steps between validations, each with a checkpoint")
+    # More microbatches fill the pipeline better, but four processes share two cores here, and each one costs some.
+    parser.add_argument("--microbatches", type=int, default=2, help="into how many a batch is split under pp")
+    parser.add_argument("--val-every", type=int, default=100, help="steps between validations, each with a checkpoint")
     options = parser.parse_args()
     if options.steps < 1:
         parser.error(f"--steps {options.steps}: there is nothing to train. Set it to 1 or more.")
@@ -133,7 +135,12 @@ def make_trainer(options: argparse.Namespace, progress: Progress) -> L.Trainer:
         accelerator=options.accelerator,
         devices=options.devices,
         precision=options.precision,
-        strategy=kenotron.KenotronStrategy(tp=options.tp, pp=options.pp, zero_stage=options.zero_stage),
+        strategy=kenotron.KenotronStrategy(
+            tp=options.tp,
+            pp=options.pp,
+            zero_stage=options.zero_stage,
+            microbatches=options.microbatches if options.pp > 1 else "auto",
+        ),
         max_steps=options.steps,
         max_epochs=-1,
         val_check_interval=min(options.val_every, options.steps),

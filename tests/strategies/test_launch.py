@@ -35,6 +35,7 @@ class Net(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 if __name__ == "__main__":
+    L.seed_everything(1, verbose=False)
     trainer = L.Trainer(strategy={strategy}, accelerator="cpu", devices={devices}, max_epochs={epochs}, logger=False,
                         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
     trainer.fit(Net(), DataLoader(torch.randn(64, 8), batch_size=4))
