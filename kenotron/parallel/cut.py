@@ -207,7 +207,7 @@ class _UnitRole:
         if self.stage > flight.stage:
             raise ValueError(
                 f"{self.name!r} is on pipeline stage {self.stage}, but the step calls it while stage {flight.stage} runs, "
-                "before the stage's last block: units must be registered in the order in which they run. Register it before the "
+                "before the last block: units must be registered in the order in which they run. Register it before the "
                 "blocks, or name the units of each stage in their order with plan=ParallelPlan(stages=[[...], ...])."
             )
         flight.enter()

@@ -74,8 +74,7 @@ def materialize(root: nn.Module, shards: Shards, aliases: Mapping[str, str], see
                 module._parameters[key] = nn.Parameter(torch.empty_like(param, device="cpu"), param.requires_grad)
             continue
         shard = {key: shard_of(name, key, param) for key, param in parameters.items()}
-        before_cut = shards.initial_attributes.get(name, {})
-        whole = _initial_values(name, module, shard, before_cut, initialisers.get(name), seed)
+        whole = _initial_values(name, module, shard, initialisers.get(name), seed)
         for key, param in parameters.items():
             if id(param) not in done:
                 done[id(param)] = _local_parameter(shard[key], param, whole[key], device)
@@ -89,13 +88,12 @@ def _initial_values(
     name: str,
     module: nn.Module,
     shards: dict[str, TensorShard],
-    before_cut: dict[str, Any],
     initialise: Any,
     seed: int,
 ) -> dict[str, Tensor]:
     """Run the initialiser of one module on full-size parameters in host memory."""
     model = copy.copy(module)
-    model.__dict__ = {**module.__dict__, **before_cut, "_parameters": {}}
+    model.__dict__ = {**module.__dict__, "_parameters": {}}
     for key, param in module._parameters.items():
         if param is None or key not in shards:
             model._parameters[key] = param

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +51,6 @@ class Shards:
         partial: parameters whose gradient is only this rank's share and is summed over tp before the step.
         shared_kv: parameters whose gradient is summed over the ranks that share a KV head.
         absent: parameters that belong to other pipeline stages; here they are empty.
-        initial_attributes: module name -> attributes that had other values before the cut (its initialiser sees those).
         holders: pipeline ranks that hold a parameter which several stages use (tied embeddings, loose parameters).
     """
 
@@ -62,7 +60,6 @@ class Shards:
     shared_kv: set[str] = field(default_factory=set)
     absent: set[str] = field(default_factory=set)
     holders: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    initial_attributes: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def of(self, name: str, param: Tensor) -> TensorShard:
         """Return the tp shard of a parameter; ``param`` gives the shape of those which are whole."""

@@ -10,8 +10,8 @@ colwise                  share the input (backward: sum)         nothing: the ou
 rowwise                  nothing: the input is split             sum, then add the bias once
 colwise_gather_output    share the input                         gather the output
 rowwise_split_input      cut the input                           sum, then add the bias once
-vocab_embedding          look up own rows                        zero what is not ours, sum
-vocab_head               share the input                         logits that know they are split (``vocab``)
+vocab_embedding          look up own rows                        zero what is not ours, sum (``vocab``)
+vocab_head               share the input                         logits that know they are split (``logits``)
 moe_tp_experts           share hidden states and routing weights sum
 =======================  ======================================  =============================================
 
@@ -34,8 +34,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kenotron.parallel.collectives import copy_to, gather_from, reduce_from, reduce_scatter_to, scatter_to
+from kenotron.parallel.logits import VocabParallelLogits
 from kenotron.parallel.shards import Shards, TensorShard
-from kenotron.parallel.vocab import VocabParallelLogits
+from kenotron.parallel.vocab import vocab_parallel_embedding
 
 _SEQUENCE_DIM = 1
 
@@ -217,24 +218,11 @@ class TensorParallel:
             raise ValueError(f"{name} has max_norm={module.max_norm}, which a vocabulary-parallel embedding can't apply.")
         segments = self._even(module.num_embeddings, 1, "vocabulary")
         self._cut_parameter(root, module, "weight", name, 0, segments, (self.rank,))
-        (start, length) = segments[0]
-        if module.padding_idx is not None:
-            self.shards.initial_attributes[name] = {"padding_idx": module.padding_idx}
-            own = start <= module.padding_idx < start + length
-            module.padding_idx = module.padding_idx - start if own else None
-        # (the mask of the ids looked up last, for the hook after the look-up)
-        foreign: list[Tensor] = []
-
-        def look_up_own(m: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            ids = args[0] - start
-            foreign[:] = [(ids < 0) | (ids >= length)]
-            return (ids.masked_fill(foreign[0], 0), *args[1:])
-
-        def add_up(m: nn.Module, args: Any, out: Tensor) -> Tensor:
-            return reduce_from(out.masked_fill(foreign.pop().unsqueeze(-1), 0), self.group)
-
-        module.register_forward_pre_hook(look_up_own)
-        module.register_forward_hook(add_up)
+        kind = type(module)
+        # Behind the module's own class: where that one scales what super().forward() looked up, it looks up ours.
+        bases = (_VocabParallelEmbedding,) if kind is nn.Embedding else (kind, _VocabParallelEmbedding)
+        module.__class__ = type(kind.__name__, bases, {"__module__": kind.__module__})
+        module.__dict__["_vocabulary"] = (segments[0][0], self.group)
 
     # ------------------------------------------------------------------------------------------------------- helpers
 
@@ -273,6 +261,24 @@ class TensorParallel:
         for alias, owner, owner_key in _holders(root, param):
             owner._parameters[owner_key] = local
             self.shards.by_name[alias] = shard
+
+
+class _VocabParallelEmbedding(nn.Embedding):
+    """An embedding that has some rows of the vocabulary and sums what the tp ranks found."""
+
+    _vocabulary: tuple[int, dist.ProcessGroup]  # its first row, and the ranks that have the others
+
+    def forward(self, input: Tensor) -> Tensor:
+        start, group = self._vocabulary
+        return vocab_parallel_embedding(
+            input,
+            self.weight,
+            start,
+            group,
+            padding_idx=self.padding_idx,
+            scale_grad_by_freq=self.scale_grad_by_freq,
+            sparse=self.sparse,
+        )
 
 
 class _SharedInput:

@@ -17,9 +17,11 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.utils.checkpoint import checkpoint
 
+from kenotron.parallel import logits as logits_module
 from kenotron.parallel import vocab
 from kenotron.parallel.collectives import Group, copy_to, gather_from
-from kenotron.parallel.vocab import VocabParallelLogits, vocab_parallel_embedding
+from kenotron.parallel.logits import VocabParallelLogits
+from kenotron.parallel.vocab import vocab_parallel_embedding
 
 B, S, H, V = 3, 5, 8, 24
 SIZES = [2, 4]
@@ -242,11 +244,11 @@ def whole_gathers() -> Iterator[list[int]]:
         count[0] += 1
         return gather_from(*args, **kwargs)
 
-    vocab.gather_from = counted  # type: ignore[assignment]
+    logits_module.gather_from = counted  # type: ignore[assignment]
     try:
         yield count
     finally:
-        vocab.gather_from = gather_from
+        logits_module.gather_from = gather_from
 
 
 def _logits(b: Batch, group: Group) -> tuple[Tensor, Tensor, Tensor]:
