@@ -91,7 +91,7 @@ def main() -> int:
         peak = max(peak for peak, _ in found)
         rows.append({"layout": name, "peak_gb": peak, "weights_gb": weights, "bar_gb": bar, "ok": peak < bar})
         verdict = "ok" if peak < bar else "MISSED"
-        print(f"{name:<14} weights {weights:5.2f} GB in all   peak of a rank {peak:5.2f} GB   bar {bar:.2f}   {verdict}", flush=True)
+        print(f"{name:<14} weights {weights:5.2f} GB   peak of a rank {peak:5.2f} GB   bar {bar:.2f}   {verdict}", flush=True)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1))
     return 0 if all(row["ok"] for row in rows) else 1

@@ -196,7 +196,8 @@ def main() -> int:
     options = parser.parse_args()
     cases = [c for c in CASES if fnmatch.fnmatch(c.name, options.only) and (c.quick or not options.quick)]
     rows, references = [], {}
-    print(f"{'layout':<46} {'ranks':>5} {'loss':>9} {'norm':>9} {'weight':>9}   bars {LOSS_BAR:.0e}, {LOSS_BAR:.0e}, {WEIGHT_BAR:.0e}")
+    head = f"{'layout':<46} {'ranks':>5} {'loss':>9} {'norm':>9} {'weight':>9}"
+    print(f"{head}   bars {LOSS_BAR:.0e}, {LOSS_BAR:.0e}, {WEIGHT_BAR:.0e}")
     with tempfile.TemporaryDirectory() as folder, RankPool(max(case.ranks for case in cases)) as pool:
         for case in cases:
             start = time.monotonic()

@@ -112,6 +112,7 @@ def silence() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)  # tips, and what this script prints itself
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")  # tokens are in memory
+    warnings.filterwarnings("ignore", message="Checkpoint directory .* exists")  # it is where we resume from
     warnings.filterwarnings("ignore", message=".*treespec, LeafSpec.*")  # Lightning's use of torch
 
 

@@ -70,7 +70,9 @@ class NoBlocks(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def attempt(module: type[L.LightningModule], model: dict[str, Any], strategy: dict[str, Any], batch: int) -> tuple[str, str, float]:
+def attempt(
+    module: type[L.LightningModule], model: dict[str, Any], strategy: dict[str, Any], batch: int
+) -> tuple[str, str, float]:
     """Try to fit on this rank. Returns the error's type and text, and how long it took to come."""
     world = int(os.environ["WORLD_SIZE"])
     start = time.monotonic()

@@ -60,9 +60,7 @@ def environment(**changes: str) -> dict[str, str]:
 
 
 def run(command: list[str], timeout: float = 90, **changes: str) -> str:
-    done = subprocess.run(
-        command, capture_output=True, text=True, timeout=timeout, check=False, env=environment(**changes)
-    )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False, env=environment(**changes))
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -97,7 +95,8 @@ def test_an_import_registers_it_where_autoload_is_off(tmp_path: Path) -> None:
 
 def test_torchrun_starts_it(tmp_path: Path) -> None:
     script = write(tmp_path, imports="import kenotron", strategy="kenotron.KenotronStrategy(pp=2)")
-    out = run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port()), str(script)])
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port", str(free_port())]
+    out = run([*torchrun, str(script)])
     assert "rank 1 of 2: KenotronStrategy (2, 1, 1, 1, 1)" in out
 
 
@@ -133,8 +132,9 @@ def test_a_rank_that_fails_takes_the_others_down_with_its_message(tmp_path: Path
 
 def test_sigterm_stops_all_ranks_at_the_same_step(tmp_path: Path) -> None:
     script = write(tmp_path, epochs=100000, in_step="if batch_idx == 0: print('epoch', flush=True)\n        time.sleep(0.002)")
-    script.write_text(script.read_text().replace("    trainer.fit(", "    try:\n      trainer.fit(").replace(
-        "    print(f\"rank", "    except BaseException as error:\n      print(type(error).__name__, flush=True)\n    print(f\"rank"))
+    caught = "    except BaseException as error:\n        print(type(error).__name__, flush=True)\n"
+    text = script.read_text().replace("    trainer.fit(", "    try:\n        trainer.fit(")
+    script.write_text(text.replace('    print(f"rank', caught + '    print(f"rank'))
     process = subprocess.Popen(
         [sys.executable, str(script)], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
     )
