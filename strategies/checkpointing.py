@@ -72,6 +72,7 @@ def save_training(
         rank_state=rank_state,
         allow_pickle=settings.allow_pickle,
         timeout_s=settings.timeout_s,
+        aliases=state.aliases(),
         start_timeout_s=settings.exception_timeout_s if handling_exception and world_size > 1 else None,
     )
 

@@ -60,6 +60,10 @@ class CheckpointState:
                 owner = self._first_rank_of_stage(name) if name in buffers else 0
                 yield LocalTensor.whole(_MODEL + name, local(value), owners=(owner,))
 
+    def aliases(self) -> dict[str, str]:
+        """Return the further names of tied weights, as the checkpoint knows them."""
+        return {_MODEL + name: _MODEL + first for name, first in self._done.aliases.items()}
+
     def load_model(self, manifest: Manifest, strict: bool, extra_state: Mapping[str, Any]) -> list[str]:
         """Load this rank's parts in place. Returns the names that the checkpoint lacks (``strict=False``).
 

@@ -94,12 +94,17 @@ def load_state_dict(source: Source, prefix: str = "model/") -> dict[str, torch.T
         source: the checkpoint's path, or its manifest.
         prefix: which tensors; it is taken off their names. ``""`` for all, with their full names.
 
+    Returns:
+        Name -> tensor. Tied weights are there under each of their names, as one tensor.
+
     Raises:
         CheckpointError: the checkpoint is damaged.
     """
     manifest = _manifest_of(source)
     names = [name for name in manifest.tensors if name.startswith(prefix) and not name.startswith(RESERVED_PREFIXES)]
-    return {name.removeprefix(prefix): tensor for name, tensor in _load_whole(manifest, names).items()}
+    found = _load_whole(manifest, names)
+    found.update({name: found[stored] for name, stored in manifest.aliases.items() if stored in found})
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
 
 
 def _manifest_of(source: Source) -> Manifest:

@@ -14,7 +14,7 @@ import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -124,6 +124,7 @@ class Manifest:
         tensors: every stored tensor by its global name.
         state: the encoded shared state (``values.decode``).
         rank_states: the encoded state of each rank, None where it had none.
+        aliases: further names of stored tensors (tied weights) -> the name that they are stored under.
     """
 
     path: Path
@@ -133,6 +134,7 @@ class Manifest:
     tensors: Mapping[str, StoredTensor]
     state: Any
     rank_states: tuple[Any, ...]
+    aliases: Mapping[str, str] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """Return the content of ``manifest.json``, which ends in the checksum of all that precedes it."""
@@ -146,6 +148,7 @@ class Manifest:
                 "tensors": {name: tensor.to_json() for name, tensor in self.tensors.items()},
                 "state": self.state,
                 "rank_states": self.rank_states,
+                "aliases": self.aliases,
             },
             separators=(",", ":"),
             allow_nan=False,
@@ -242,6 +245,7 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
             tensors={name: StoredTensor.from_json(tensor) for name, tensor in node["tensors"].items()},
             state=node["state"],
             rank_states=tuple(node["rank_states"]),
+            aliases={_text(name): _text(stored) for name, stored in node.get("aliases", {}).items()},
         )
         _check(manifest)
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -255,6 +259,9 @@ def _check(manifest: Manifest) -> None:
     for file in manifest.files:
         if not _FILE_NAME.fullmatch(file) or file == MANIFEST:
             raise UnsafeFileNameError(f"{manifest.path / MANIFEST} lists the file {file!r}, which is no plain name")
+    for name, stored in manifest.aliases.items():
+        if stored not in manifest.tensors or name in manifest.tensors:
+            raise ValueError(f"{name!r} is an alias of {stored!r}, of which just the second must be stored")
     if len(manifest.rank_states) != manifest.world_size:
         raise ValueError(f"{len(manifest.rank_states)} rank states for a world of {manifest.world_size}")
     for name, tensor in manifest.tensors.items():

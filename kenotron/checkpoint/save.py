@@ -57,6 +57,7 @@ def save(
     timeout_s: float = 600.0,
     start_timeout_s: float | None = None,
     writer: ShardWriter | None = None,
+    aliases: Mapping[str, str] | None = None,
 ) -> None:
     """Write a checkpoint together with the other ranks; return when it is published and durable.
 
@@ -74,6 +75,7 @@ def save(
         start_timeout_s: write nothing before all ranks have begun, and give up if they have not within so long. For
             saves on a path where other ranks may be dead.
         writer: how the shard's bytes reach the disk.
+        aliases: further names of tensors (tied weights) -> the name that they are saved under; rank 0's are stored.
 
     Raises:
         ValueError: an argument that cannot be honoured, on the rank that got it.
@@ -94,7 +96,7 @@ def save(
         part.gather(tensors, state, rank_state, allow_pickle)
         meeting.report(part.write(meeting.folder, writer or SyncShardWriter()))
         if rank == 0:
-            _publish(meeting, save_id, world_size)
+            _publish(meeting, save_id, world_size, aliases or {})
         else:
             meeting.wait_for_publication()
             fsync_directory(final.parent)
@@ -185,15 +187,17 @@ def _entries_of(tensor: LocalTensor) -> list[ShardEntry]:
     ]
 
 
-def _publish(meeting: Meeting, save_id: str, world_size: int) -> None:
+def _publish(meeting: Meeting, save_id: str, world_size: int, aliases: Mapping[str, str]) -> None:
     """Check the reports of all ranks, write the manifest and give the directory its final name."""
     reports = meeting.wait_for_reports()
+    tensors = _merge(reports)
     manifest = Manifest(
         path=meeting.path,
         save_id=save_id,
         world_size=world_size,
         files={name: size for report in reports for name, size in report["files"].items()},
-        tensors=_merge(reports),
+        tensors=tensors,
+        aliases={name: stored for name, stored in aliases.items() if stored in tensors and name not in tensors},
         state=reports[0]["state"],
         rank_states=tuple(report["rank_state"] for report in reports),
     )

@@ -371,3 +371,20 @@ def test_a_manifest_without_end_is_refused(tmp_path: Path) -> None:
     file.write_bytes(content + b',"crc32c":"%08x"}\n' % crc32c(content))
     with pytest.raises(ManifestDamagedError):
         read_manifest(path)
+
+
+def test_tied_weights_are_there_under_each_of_their_names(tmp_path: Path) -> None:
+    weight = torch.arange(6.0).view(2, 3)
+    save(
+        tmp_path / "c",
+        [LocalTensor.whole("model/embed", weight)],
+        {},
+        rank=0,
+        world_size=1,
+        save_id="one",
+        aliases={"model/head": "model/embed", "model/gone": "model/nowhere"},
+    )
+    found = load_state_dict(tmp_path / "c")
+    assert found.keys() == {"embed", "head"}
+    assert found["head"] is found["embed"]
+    assert torch.equal(found["head"], weight)

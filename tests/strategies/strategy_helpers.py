@@ -196,9 +196,7 @@ def loaders(trainer: L.Trainer, task: Task) -> tuple[DataLoader[Any], DataLoader
 def whole_weights(trainer: L.Trainer, folder: str) -> dict[str, np.ndarray[Any, Any]]:
     """Return the module's whole weights, on every rank."""
     if not isinstance(trainer.strategy, kenotron.KenotronStrategy):
-        whole = trainer.lightning_module.state_dict()
-        first = {value.data_ptr(): name for name, value in reversed(whole.items())}
-        state = {name: value for name, value in whole.items() if first[value.data_ptr()] == name}  # tied ones are saved once
+        state = trainer.lightning_module.state_dict()
     else:
         path = str(Path(folder) / f"weights-{trainer.strategy.broadcast(uuid.uuid4().hex)}")
         trainer.save_checkpoint(path, weights_only=True)
