@@ -10,6 +10,7 @@ Each run sees the environment that ``torchrun`` makes (``RANK``, ``WORLD_SIZE``,
 
 from __future__ import annotations
 
+import atexit
 import gc
 import multiprocessing
 import os
@@ -42,6 +43,7 @@ class RankPool:
         self._size = size
         self._threads = threads
         self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
+        atexit.register(self.close)  # before multiprocessing waits for them at exit
 
     def __enter__(self) -> RankPool:
         return self
@@ -88,7 +90,8 @@ class RankPool:
 def _start_worker(threads: int) -> tuple[multiprocessing.process.BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
-    process = context.Process(target=_serve, args=(theirs, threads), daemon=True)
+    # No daemon: those may not have children, and data loaders want workers.
+    process = context.Process(target=_serve, args=(theirs, threads))
     process.start()
     theirs.close()
     return process, ours

@@ -10,7 +10,7 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 FABRIC = {"lightning.pytorch": "lightning.fabric", "pytorch_lightning": "lightning_fabric"}
@@ -44,6 +44,7 @@ class Names:
         self.backend_for_device: Any = load(f"{fabric}.utilities.distributed", "_get_default_process_group_backend_for_device")
         self.all_gather_if_available: Any = load(f"{fabric}.utilities.distributed", "_all_gather_ddp_if_available")
         self.optimizers_to_device: Any = load(f"{fabric}.utilities.optimizer", "_optimizers_to_device")
+        self.add_worker_init_fn: Any = load(f"{fabric}.utilities.data", "_auto_add_worker_init_fn")
         self.reset_seed: Any = load(f"{fabric}.utilities.seed", "reset_seed")
         self.rank_zero_only: Any = load(f"{package}.utilities.rank_zero", "rank_zero_only")
         self.MixedPrecision: Any = load(f"{package}.plugins.precision", "MixedPrecision")
@@ -124,10 +125,3 @@ def call_hook(trainer: Any, package: str, name: str, *args: Any) -> None:
 def set_device_mesh(module: nn.Module, mesh: Any) -> None:
     """Let user code read ``self.device_mesh``."""
     module._device_mesh = mesh
-
-
-def as_tensor_loss(output: Any) -> Tensor | None:
-    """Return the loss in what ``training_step`` returned."""
-    if isinstance(output, dict):
-        return output.get("loss")
-    return output

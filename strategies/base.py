@@ -83,6 +83,11 @@ class StrategyBase(_LightningStrategy):
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         return {"num_replicas": self._dp_size, "rank": self.layout.dp_rank(self.global_rank)}
 
+    def process_dataloader(self, dataloader: Any) -> Any:
+        """Seed loader workers by data-parallel rank: ranks that share samples must draw the same random numbers."""
+        self.names.add_worker_init_fn(dataloader, self.layout.dp_rank(self.global_rank))
+        return dataloader
+
     @property
     def restore_checkpoint_after_setup(self) -> bool:
         return True
