@@ -304,6 +304,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
     def _connect_pipeline(self, trainer: Any, module: Any) -> None:
         assert self._mesh is not None and self._done is not None and self._done.cut is not None
         done, where = self._done, self.layout.coordinates(self.global_rank)
+        if pipelines.SCHEDULES[self._schedule][2]:
+            _lightning.warn(self.names, f"schedule={self._schedule!r} is experimental, here and in torch.")
         stream = self.layout.rank_at(where.pp, where.dp_replicate, where.dp_shard, where.cp, 0)
         self._streams = RandomStreams(self._seed, stream, self.root_device)
         pipeline = pipelines.Pipeline(
