@@ -62,7 +62,7 @@ class ParallelLayout:
             if self.dp % self.dp_replicate:
                 raise ValueError(
                     f"dp_replicate={self.dp_replicate} does not divide dp={self.dp}: dp = dp_replicate × dp_shard. "
-                    f"Set dp_replicate to one of {_divisors(self.dp)}."
+                    f"Set dp_replicate to one of {divisors(self.dp)}."
                 )
         if self.zero_stage not in (0, 1, 2, 3) or isinstance(self.zero_stage, bool):
             raise ValueError(f"zero_stage={self.zero_stage!r} is not a ZeRO stage. Set zero_stage to 0, 1, 2 or 3.")
@@ -91,12 +91,12 @@ class ParallelLayout:
         if dp % self.dp_replicate:
             raise ValueError(
                 f"dp_replicate={self.dp_replicate} does not divide dp={dp} (world of {world_size} processes). "
-                f"Set dp_replicate to one of {_divisors(dp)}."
+                f"Set dp_replicate to one of {divisors(dp)}."
             )
         if (dp // self.dp_replicate * self.cp) % self.ep:
             raise ValueError(
                 f"ep={self.ep} does not divide dp_shard × cp = {dp // self.dp_replicate} × {self.cp}: experts borrow those "
-                f"ranks. Set ep to one of {_divisors(dp // self.dp_replicate * self.cp)}."
+                f"ranks. Set ep to one of {divisors(dp // self.dp_replicate * self.cp)}."
             )
         return ParallelLayout(
             dp=dp, tp=self.tp, pp=self.pp, cp=self.cp, ep=self.ep,
@@ -188,5 +188,6 @@ def _check_size(name: str, value: object) -> None:
         raise ValueError(f"{name}={value!r} is not a number of ranks. Set {name} to an integer of 1 or more.")
 
 
-def _divisors(number: int) -> list[int]:
-    return [d for d in range(1, number + 1) if number % d == 0]
+def divisors(number: int, limit: int | None = None) -> list[int]:
+    """Return what divides ``number``, up to ``limit``."""
+    return [d for d in range(1, min(number, limit or number) + 1) if number % d == 0]

@@ -31,10 +31,7 @@ class Names:
             return getattr(importlib.import_module(module), name)
 
         self.ParallelStrategy: Any = load(f"{package}.strategies", "ParallelStrategy")
-        self.StrategyRegistry: Any = load(f"{package}.strategies", "StrategyRegistry")
-        self.LightningModule: Any = load(package, "LightningModule")
         self.TrainerFn: Any = load(f"{package}.trainer.states", "TrainerFn")
-        self.MisconfigurationException: Any = load(f"{package}.utilities.exceptions", "MisconfigurationException")
         self.SIGTERMException: Any = load(f"{package}.utilities.exceptions", "SIGTERMException")
         self.SubprocessScriptLauncher: Any = load(
             f"{package}.strategies.launchers.subprocess_script", "_SubprocessScriptLauncher"
@@ -47,7 +44,6 @@ class Names:
         self.add_worker_init_fn: Any = load(f"{fabric}.utilities.data", "_auto_add_worker_init_fn")
         self.reset_seed: Any = load(f"{fabric}.utilities.seed", "reset_seed")
         self.rank_zero_only: Any = load(f"{package}.utilities.rank_zero", "rank_zero_only")
-        self.MixedPrecision: Any = load(f"{package}.plugins.precision", "MixedPrecision")
 
 
 def set_rank(names: Names, rank: int) -> None:

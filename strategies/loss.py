@@ -57,13 +57,11 @@ class TokenCount:
     """Counts the tokens of one update.
 
     Args:
-        counts: whether this rank's steps reach the loss (the last pipeline stage).
         replicas: ranks per data-parallel rank that count the same tokens (tp). data_parallel: dp × cp ranks.
         distributed: whether there is more than one rank.
     """
 
-    def __init__(self, *, counts: bool, replicas: int, data_parallel: int, distributed: bool, device: torch.device) -> None:
-        self._counts = counts
+    def __init__(self, *, replicas: int, data_parallel: int, distributed: bool, device: torch.device) -> None:
         self._replicas = replicas
         self._data_parallel = data_parallel
         self._distributed = distributed
@@ -100,11 +98,10 @@ class TokenCount:
         """
         if not self.uses_sums:
             return
+        # Stages that do not reach the loss have counted nothing.
         tokens = torch.zeros((), device=self._device) if self._tokens is None else self._tokens
         self._tokens = None
         if self._distributed:
-            if not self._counts:
-                tokens = torch.zeros((), device=self._device)
             tokens = tokens.clone()
             dist.all_reduce(tokens)
         total = tokens / self._replicas

@@ -51,7 +51,7 @@ class CheckpointState:
         seen: set[str] = set()
         for name, value in state_dict.items():
             key = self._done.aliases.get(name, name)
-            if not isinstance(value, Tensor) or key in seen or self._is_elsewhere(name):
+            if not isinstance(value, Tensor) or key in seen or (self._done.cut and self._done.cut.is_elsewhere(name)):
                 continue
             seen.add(key)
             if key in params:
@@ -225,11 +225,6 @@ class CheckpointState:
         layout = self._layout
         stages = self._done.shards.holders.get(name, (self._where.pp,))
         return [layout.rank_at(pp, *rest) for pp in stages for rest in itertools.product(*map(range, layout.sizes[1:]))]
-
-    def _is_elsewhere(self, name: str) -> bool:
-        cut = self._done.cut
-        stage = cut.stage_of(name) if cut else None
-        return stage is not None and cut is not None and stage not in cut.local_stages
 
     def _first_rank_of_stage(self, name: str) -> int:
         cut = self._done.cut

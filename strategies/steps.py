@@ -78,12 +78,11 @@ class PipelineSteps:
             return scale(self._tokens.to_differentiate(loss, weights[index] / accumulate))
 
         def probe(index: int) -> Any:
-            with self._microbatch(context):
+            with self._no_trace(), self._microbatch(context):
                 return step(microbatches[index], *rest)
 
-        with self._probing_leaves_no_trace(context) as guarded_probe:
-            keys = [("train", shape_key(microbatch)) for microbatch in microbatches]
-            self._pipeline.train_step(keys, run, guarded_probe(probe))
+        keys = [("train", shape_key(microbatch)) for microbatch in microbatches]
+        self._pipeline.train_step(keys, run, probe)
         mean = merged = None
         if self._pipeline.is_last:
             mean = self._tokens.mean([loss for loss in losses if loss is not None], weights)
@@ -104,21 +103,16 @@ class PipelineSteps:
             self._streams.leave_model()
 
     @contextlib.contextmanager
-    def _probing_leaves_no_trace(self, context: Callable[[], Any]) -> Iterator[Any]:
-        def guard(probe: Callable[[int], Any]) -> Callable[[int], Any]:
-            def guarded(index: int) -> Any:
-                buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
-                try:
-                    with self._streams.untouched():
-                        return probe(index)
-                finally:
-                    with torch.no_grad():
-                        for buffer, before in buffers:
-                            buffer.copy_(before)
-
-            return guarded
-
-        yield guard
+    def _no_trace(self) -> Iterator[None]:
+        """Put back the buffers and random numbers that a probe moves."""
+        buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
+        try:
+            with self._streams.untouched():
+                yield
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 

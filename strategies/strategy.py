@@ -192,7 +192,6 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self.model = self.precision_plugin.convert_module(module)
         self._done = self._parallelize(module)
         self._tokens = TokenCount(
-            counts=self._done.cut is None or self._done.cut.num_stages - 1 in self._done.cut.local_stages,
             replicas=self.layout.tp,
             data_parallel=self.layout.dp_size * self.layout.cp,
             distributed=self.world_size > 1,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -57,7 +57,7 @@ class Parallelized:
     Args:
         root: the module. shards: what this rank holds of each parameter.
         cut: the pipeline cut, if ``pp > 1``. sharded: FSDP2's part; reducer: that of plain replicas.
-        applied: the names of the steps taken, in order. num_parameters: of the whole module.
+        num_parameters: of the whole module.
     """
 
     root: nn.Module
@@ -70,7 +70,6 @@ class Parallelized:
     reducer: GradientReducer | None = None
     owed: OwedSums | None = None
     buffers: SharedBuffers | None = None
-    applied: list[str] = field(default_factory=list)
     num_parameters: int = 0
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
@@ -139,7 +138,6 @@ def parallelize(root: nn.Module, mesh: DeviceMesh | None, request: Request) -> P
         _data_parallel(done, mesh, blocks, request)
         done.owed = OwedSums(shards, mesh["tp"].get_group(), kv_group, pp_groups)
     init.materialize(root, shards, aliases, request.seed, request.device)
-    done.applied.append("materialise")
     _move(root, request.device)
     if mesh is not None and layout.dp_size > 1:
         done.buffers = SharedBuffers(root, flatten(mesh, "dp_replicate", "dp_shard", name="dp").get_group())
@@ -175,8 +173,7 @@ def _cut(
     done.cut = Cut(root, names, owner, blocks, local)
     ranks = {stage: pipeline.rank_of_stage(request.schedule, layout.pp, stage) for stage in range(num_stages)}
     _find_holders(done, ranks)
-    _drop_other_stages(done, local)
-    done.applied.append("cut")
+    _drop_other_stages(done)
     return _groups_of_holders(done.shards, mesh)
 
 
@@ -192,13 +189,12 @@ def _find_holders(done: Parallelized, rank_of_stage: dict[int, int]) -> None:
     done.shards.holders = {name: tuple(sorted(ranks)) for name, ranks in users.items() if len(ranks) > 1}
 
 
-def _drop_other_stages(done: Parallelized, local: Sequence[int]) -> None:
+def _drop_other_stages(done: Parallelized) -> None:
     assert done.cut is not None
     for prefix, module in done.root.named_modules():
         for key, param in list(module._parameters.items()):
             name = canonical(f"{prefix}.{key}" if prefix else key)
-            stage = done.cut.stage_of(name)
-            if param is not None and stage is not None and stage not in local:
+            if param is not None and done.cut.is_elsewhere(name):
                 module._parameters[key] = empty_parameter(param)
                 done.shards.absent.add(name)
 
@@ -233,7 +229,7 @@ def _tensor_parallel(
         )
     styles = plan.resolve(root)
     _check_ties(done, styles)
-    styles = {name: style for name, style in styles.items() if not _is_absent(done, name)}
+    styles = {name: style for name, style in styles.items() if not (done.cut and done.cut.is_elsewhere(canonical(name)))}
     group = mesh["tp"].get_group()
     tp = tensor.TensorParallel(group=group, rank=mesh["tp"].get_local_rank(), size=tp_size, shards=done.shards)
     regions: dict[str, tensor.SequenceRegions] = {}
@@ -246,7 +242,6 @@ def _tensor_parallel(
     tp.apply(root, styles, itertools.chain.from_iterable(found.split for found in regions.values()))
     tensor.apply_sequence_parallel(root, regions, runs, tp)
     done.shards.use_canonical_names(done.aliases)
-    done.applied.append("tensor")
     return _group_of_shared_heads(done.shards, mesh)
 
 
@@ -261,11 +256,6 @@ def _check_ties(done: Parallelized, styles: dict[str, str]) -> None:
                 f"{alias} is tied to {first}, but the plan cuts one as {found[1]!r} and the other as {found[0]!r}. Cut both by "
                 "vocabulary ('vocab_head' and 'vocab_embedding'), or leave both out of the plan."
             )
-
-
-def _is_absent(done: Parallelized, name: str) -> bool:
-    stage = done.cut.stage_of(canonical(name)) if done.cut else None
-    return stage is not None and done.cut is not None and stage not in done.cut.local_stages
 
 
 def _group_of_shared_heads(shards: Shards, mesh: DeviceMesh) -> dist.ProcessGroup | None:
@@ -316,7 +306,6 @@ def _data_parallel(done: Parallelized, mesh: DeviceMesh, blocks: str | None, req
         done.sharded = FullySharded(root, [layer for layer in layers if layer not in tied], fsdp_mesh, stage, ignored)
         if scalars:
             done.reducer = GradientReducer(scalars, group)
-    done.applied.append("shard")
 
 
 def _with_replicas(mesh: DeviceMesh, shard: DeviceMesh) -> DeviceMesh:

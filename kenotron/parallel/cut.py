@@ -155,6 +155,11 @@ class Cut:
                 return stage
         return None
 
+    def is_elsewhere(self, name: str) -> bool:
+        """Whether a parameter or module belongs to stages that this rank does not have."""
+        stage = self.stage_of(name)
+        return stage is not None and stage not in self.local_stages
+
     def units_of(self, stage: int) -> list[str]:
         return [name for name, s in zip(self.units, self.stages, strict=True) if s == stage]
 

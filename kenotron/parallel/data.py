@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torchmetrics import Metric
 
+from kenotron.parallel.stages import lists_of_like_layers
+
 _BUCKET_BYTES = 25 * 2**20
 
 
@@ -238,20 +240,9 @@ def layers_to_shard(root: nn.Module, blocks: str | None, manual_optimization: bo
     These are the blocks, or the layers of every list of like layers. With manual optimization each child of the root is
     added: updates happen inside the step, so nothing may be gathered for as long as the step lasts.
     """
-    names = [blocks] if blocks else [n for n, m in root.named_modules() if n and _is_list_of_layers(m)]
-    outermost = [n for n in names if not any(n.startswith(other + ".") for other in names)]
-    layers = [child for name in outermost for child in root.get_submodule(name).children()]
+    # A leaf's weight may be used without calling the leaf: layers without children stay with the root.
+    names = [blocks] if blocks else lists_of_like_layers(root, composite=True)
+    layers = [child for name in names for child in root.get_submodule(name).children()]
     if manual_optimization:
         layers += [child for child in root.children() if child not in layers and any(True for _ in child.parameters())]
     return [layer for layer in layers if any(p.numel() for p in layer.parameters())]
-
-
-def _is_list_of_layers(module: nn.Module) -> bool:
-    """Like layers, each with children of its own; a leaf's weight may be used without calling the leaf."""
-    children = list(module.children())
-    return (
-        isinstance(module, nn.ModuleList | nn.Sequential)
-        and len(children) >= 2
-        and len({type(child) for child in children}) == 1
-        and all(any(True for _ in child.children()) and any(True for _ in child.parameters()) for child in children)
-    )

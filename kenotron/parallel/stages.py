@@ -56,8 +56,7 @@ def find_blocks(root: nn.Module, blocks: str | None = None, hints: Sequence[str]
     for hint in hints:
         if hint in lists:
             return hint
-    candidates = [name for name, module in lists.items() if name and _is_list_of_like_layers(module)]
-    outermost = [n for n in candidates if not any(n.startswith(other + ".") for other in candidates if other != n)]
+    outermost = lists_of_like_layers(root)
     if not outermost:
         raise ValueError(
             "no block list found: pp > 1 needs one nn.ModuleList (or Sequential) of at least two layers of the same class, "
@@ -74,8 +73,22 @@ def find_blocks(root: nn.Module, blocks: str | None = None, hints: Sequence[str]
     return best
 
 
-def _is_list_of_like_layers(module: nn.Module) -> bool:
+def lists_of_like_layers(root: nn.Module, *, composite: bool = False) -> list[str]:
+    """Return the names of the outermost lists of two or more layers of one class, with parameters.
+
+    Args:
+        composite: layers must have children of their own.
+    """
+    found = [name for name, module in root.named_modules() if name and _holds_like_layers(module, composite)]
+    return [name for name in found if not any(name.startswith(other + ".") for other in found)]
+
+
+def _holds_like_layers(module: nn.Module, composite: bool) -> bool:
+    if not isinstance(module, nn.ModuleList | nn.Sequential):
+        return False
     children = list(module.children())
+    if composite and not all(any(True for _ in child.children()) for child in children):
+        return False
     kinds = {type(child) for child in children}
     return len(children) >= 2 and len(kinds) == 1 and all(any(True for _ in child.parameters()) for child in children)
 

@@ -23,7 +23,6 @@ entered by a gather and left by a cut, with plain tensor parallelism in between,
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,6 +32,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kenotron.layout import divisors
 from kenotron.parallel.collectives import copy_to, gather_from, reduce_from, reduce_scatter_to, scatter_to
 from kenotron.parallel.logits import VocabParallelLogits
 from kenotron.parallel.shards import Shards, TensorShard
@@ -158,12 +158,13 @@ class TensorParallel:
             return self._even(module.out_features, 1, name), (self.rank,)
         if not is_kv:
             raise ValueError(
-                f"{name} has {heads} heads, which tp={self.size} does not divide. Set tp to one of {_divisors(heads)}."
+                f"{name} has {heads} heads, which tp={self.size} does not divide. Set tp to one of {divisors(heads, limit=64)}."
             )
         if self.size % heads:
             raise ValueError(
                 f"{name} has {heads} KV heads: tp={self.size} neither divides them nor is a multiple of them, so they can't be "
-                f"shared evenly. Set tp to one of {_divisors(heads)}, or to a multiple of {heads} that divides the query heads."
+                f"shared evenly. Set tp to one of {divisors(heads, limit=64)}, or to a multiple of {heads} that divides "
+                "the query heads."
             )
         sharing = self.size // heads
         head = self.rank // sharing
@@ -232,7 +233,7 @@ class TensorParallel:
         if part % self.size:
             raise ValueError(
                 f"{what} is {size}{f' ({packs} × {part})' if packs > 1 else ''}, which tp={self.size} does not divide. "
-                f"Set tp to one of {_divisors(part, limit=64)}, or pad it to a multiple of {math.lcm(self.size, 1) * packs}."
+                f"Set tp to one of {divisors(part, limit=64)}, or pad it to a multiple of {self.size * packs}."
             )
         length = part // self.size
         return tuple((pack * part + self.rank * length, length) for pack in range(packs))
@@ -309,10 +310,6 @@ def _holders(root: nn.Module, param: nn.Parameter) -> list[tuple[str, nn.Module,
         for key, held in module._parameters.items()
         if held is param
     ]
-
-
-def _divisors(number: int, limit: int = 64) -> list[int]:
-    return [d for d in range(1, min(number, limit) + 1) if number % d == 0]
 
 
 # ------------------------------------------------------------------------------------------------------ sequence parallel
