@@ -236,7 +236,7 @@ def test_a_save_id_is_used_once(tmp_path: Path) -> None:
 def test_the_manifest_lists_what_the_specification_says(tmp_path: Path) -> None:
     save_value(tmp_path / "a", "s1", 1.0)
     node = json.loads((tmp_path / "a" / "manifest.json").read_text())
-    keys = ["format", "version", "save_id", "world_size", "files", "tensors", "state", "rank_states", "crc32c"]
+    keys = ["format", "version", "save_id", "world_size", "files", "tensors", "state", "rank_states", "aliases", "crc32c"]
     assert list(node) == keys
     assert list(node["tensors"]["model/w"]) == ["dtype", "shape", "pieces"]
     assert list(node["tensors"]["model/w"]["pieces"][0]) == ["file", "bytes", "offset", "shape", "crc32c"]
