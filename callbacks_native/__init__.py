@@ -1,5 +1,5 @@
 """The native engine: bytes, files and threads in C++20. It knows neither torch nor Lightning."""
 
-from kenotron.callbacks_native._engine import crc32c, version
+from kenotron.callbacks_native._engine import Engine, Snapshot, crc32c, version
 
-__all__ = ["crc32c", "version"]
+__all__ = ["Engine", "Snapshot", "crc32c", "version"]

@@ -195,6 +195,11 @@ bool has_crc32c_hardware() noexcept { return false; }
 
 #endif
 
+// By fact 1; the inversions before and after each of the two cancel out.
+std::uint32_t crc32c_combine(std::uint32_t first, std::uint32_t second, std::size_t num_second_bytes) noexcept {
+    return multiply(shift_factor(num_second_bytes), first) ^ second;
+}
+
 std::uint32_t crc32c(std::span<const std::byte> bytes, std::uint32_t seed) noexcept {
     static const auto compute = has_crc32c_hardware() ? &crc32c_hardware : &crc32c_portable;
     return compute(bytes, seed);

@@ -13,6 +13,10 @@ namespace kenotron {
 // Uses the processor's CRC instruction where there is one, which is looked up once. Safe to call from any thread.
 std::uint32_t crc32c(std::span<const std::byte> bytes, std::uint32_t seed = 0) noexcept;
 
+// The checksum of two runs of bytes together, from the checksum of each and the length of the second: runs may be summed
+// in any order, by any threads.
+std::uint32_t crc32c_combine(std::uint32_t first, std::uint32_t second, std::size_t num_second_bytes) noexcept;
+
 // The two ways of computing it, exposed so that the tests can hold them against each other.
 std::uint32_t crc32c_portable(std::span<const std::byte> bytes, std::uint32_t seed = 0) noexcept;
 std::uint32_t crc32c_hardware(std::span<const std::byte> bytes, std::uint32_t seed = 0) noexcept;

@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <span>
 
+#include "bind.hpp"
 #include "crc32c.hpp"
 
 namespace nb = nanobind;
@@ -45,4 +46,5 @@ NB_MODULE(_engine, module) {
     module.def("crc32c", &crc32c, nb::arg("buffer"), nb::arg("seed") = 0u,
                "Return the CRC-32C of a contiguous buffer, continuing from `seed`, the CRC-32C of what precedes it.");
     module.def("version", [] { return KENOTRON_VERSION; }, "Return the version of Kénotron that this was built from.");
+    kenotron::bind_engine(module);
 }

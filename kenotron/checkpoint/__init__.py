@@ -1,5 +1,6 @@
 """Sharded checkpoints: saved on any layout, published by one rename, checked byte for byte, loaded on any layout."""
 
+from kenotron.checkpoint.asynchronous import Checkpointer, EngineSettings, PendingSave
 from kenotron.checkpoint.errors import (
     CheckpointError,
     ChecksumError,
@@ -29,9 +30,11 @@ from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
 
 __all__ = [
     "CheckpointError",
+    "Checkpointer",
     "ChecksumError",
     "CoverageError",
     "DtypeMismatchError",
+    "EngineSettings",
     "FileMissingError",
     "FileSizeError",
     "LocalTensor",
@@ -40,6 +43,7 @@ __all__ = [
     "MismatchError",
     "NotACheckpointError",
     "NotPublishedError",
+    "PendingSave",
     "PickleRefusedError",
     "Piece",
     "RankStateMissingError",

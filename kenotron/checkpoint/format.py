@@ -24,7 +24,7 @@ MAX_HEADER_BYTES = 100_000_000
 #: The names of tensors that were found inside the non-tensor state begin so; no `LocalTensor` may.
 RESERVED_PREFIXES = ("state/", "rank_state/")
 SAVE_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-_UNPUBLISHED = re.compile(rf"\.(.+)\.{SAVE_ID.pattern}\.(partial|replaced)", re.DOTALL)
+_UNPUBLISHED = re.compile(rf"\.(.+)\.{SAVE_ID.pattern}\.(partial|replaced|removed)", re.DOTALL)
 
 #: The dtypes that a shard can hold, by their safetensors names. `float4_e2m1fn_x2` is left out: safetensors counts its
 #: halves of bytes as elements and torch does not, so that the two disagree about shapes.
@@ -53,7 +53,9 @@ DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def unpublished(path: Path, save_id: str, kind: str = "partial") -> Path:
-    """Return the sibling of ``path`` that a save works in (``partial``) or moves the former one to (``replaced``)."""
+    """Return the sibling of ``path`` that a save works in (``partial``), or that a checkpoint is moved to before it is
+    deleted because another one took its place (``replaced``) or it is no longer wanted (``removed``).
+    """
     return path.with_name(f".{path.name}.{save_id}.{kind}")
 
 
@@ -89,6 +91,7 @@ class LocalTensor:
         global_shape: the shape of the global tensor.
         pieces: what of the global tensor lies here; together they cover the local tensor exactly.
         owners: the ranks that hold exactly these pieces. One of them writes them. Loading ignores this.
+        lazy: it changes in optimizer steps alone, so that an asynchronous save may copy it at any time before the next one.
 
     Raises:
         ValueError: a tensor without plain strided storage, or pieces that do not fit.
@@ -99,6 +102,7 @@ class LocalTensor:
     global_shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
     owners: tuple[int, ...]
+    lazy: bool = False
 
     def __post_init__(self) -> None:
         check_is_plain(self.tensor, self.name)
@@ -116,12 +120,12 @@ class LocalTensor:
             )
 
     @staticmethod
-    def whole(name: str, tensor: torch.Tensor, owners: tuple[int, ...] = (0,)) -> LocalTensor:
+    def whole(name: str, tensor: torch.Tensor, owners: tuple[int, ...] = (0,), *, lazy: bool = False) -> LocalTensor:
         """Return ``tensor`` as the whole of the global tensor ``name``."""
         shape = tuple(tensor.shape)
         zeros = (0,) * len(shape)
         piece = Piece(local=zeros, offset=zeros, shape=shape)
-        return LocalTensor(name=name, tensor=tensor, global_shape=shape, pieces=(piece,), owners=owners)
+        return LocalTensor(name=name, tensor=tensor, global_shape=shape, pieces=(piece,), owners=owners, lazy=lazy)
 
 
 def check_is_plain(tensor: torch.Tensor, name: str) -> None:
@@ -149,7 +153,8 @@ def box_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     """Return the view of ``tensor`` that ``box`` cuts out."""
     view = tensor.detach()
     for dim, (start, extent) in enumerate(zip(box.offset, box.shape, strict=True)):
-        view = view.narrow(dim, start, extent)
+        if extent != view.shape[dim]:
+            view = view.narrow(dim, start, extent)
     return view
 
 
@@ -168,12 +173,14 @@ class ShardEntry:
         global_shape: its shape.
         offset: where the box begins in it.
         data: the box's elements, on any device, with any strides.
+        lazy: as ``LocalTensor``.
     """
 
     name: str
     global_shape: tuple[int, ...]
     offset: tuple[int, ...]
     data: torch.Tensor
+    lazy: bool = False
 
     @property
     def key(self) -> str:

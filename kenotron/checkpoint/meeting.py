@@ -3,6 +3,7 @@
 A save may be made where other ranks are dead (on an exception) or busy (in the background), so nothing here waits
 without a limit and nothing needs a process group. In ``.<name>.<save id>.partial/control/`` stand:
 
+- ``lock``: locked by rank 0 for as long as it lives and saves, so that a later start can tell what died.
 - ``begun-NNNNN``: rank N takes part. It becomes ``left-NNNNN`` when that rank has given up and removed its files.
 - ``report-NNNNN.json``: what rank N has written, durably.
 - ``verdict.json``: made by a hard link, so that there is exactly one: rank 0's "publish" once all has been checked, or
@@ -12,6 +13,8 @@ without a limit and nothing needs a process group. In ``.<name>.<save id>.partia
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -26,6 +29,7 @@ from kenotron.checkpoint.format import MANIFEST, unpublished, unpublished_name
 from kenotron.checkpoint.manifest import head
 
 _CONTROL = "control"
+_LOCK = "lock"
 _VERDICT = "verdict.json"
 _PUBLISH: dict[str, str] = {"publish": "yes"}
 _FAILURES = {error.__name__: error for error in (SaveFailedError, CoverageError, RanksMissingError)}
@@ -64,6 +68,7 @@ class Meeting:
         self._start_timeout_s = start_timeout_s
         self._start = time.monotonic()
         self._has_reported = False
+        self._lock: int | None = None
 
     def begin(self) -> None:
         """Make the unpublished directory and say that this rank takes part.
@@ -75,6 +80,10 @@ class Meeting:
         if self._published_by_rank_0():
             raise ValueError(f"save_id={self._save_id!r} is published as {self.path}; use a new one for each save")
         make_directories(self._control)
+        if self._rank == 0:
+            self._lock = os.open(self._control / _LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            with contextlib.suppress(OSError):  # without locks its leftover would have to be removed by hand
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         try:
             (self._control / f"begun-{self._rank:05d}").touch(exist_ok=False)
         except FileExistsError:
@@ -145,6 +154,12 @@ class Meeting:
     def clear(self) -> None:
         """Remove the control files from the published checkpoint."""
         shutil.rmtree(self.path / _CONTROL, ignore_errors=True)
+
+    def end(self) -> None:
+        """Let go of what lasts as long as the save."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
 
     def _discard(self, own_files: Iterable[str]) -> None:
         names = [path.name for path in self.folder.iterdir() if path.is_file()] if self._rank == 0 else own_files
@@ -223,6 +238,40 @@ class Meeting:
     def _raise_failure(verdict: dict[str, str] | None) -> None:
         if verdict is not None and verdict != _PUBLISH:
             raise _failure(verdict)
+
+
+def remove_leftovers(folder: Path) -> list[Path]:
+    """Remove what saves and removals that died have left in ``folder``, whatever their path; return what was removed.
+
+    What a living process holds stays. So does what cannot be told from that, for want of locks on the file system.
+    """
+    removed = []
+    for leftover in sorted(folder.iterdir()) if folder.is_dir() else ():
+        name = unpublished_name(leftover.name)
+        if name is None or not leftover.is_dir() or not _is_dead(leftover):
+            continue
+        if leftover.suffix == ".replaced" and not os.path.lexists(folder / name):
+            os.rename(leftover, folder / name)  # a crash came between the two renames: see put_in_place
+            continue
+        shutil.rmtree(leftover, ignore_errors=True)
+        removed.append(leftover)
+    return removed
+
+
+def _is_dead(leftover: Path) -> bool:
+    try:
+        descriptor = os.open(leftover / _CONTROL / _LOCK, os.O_WRONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return leftover.suffix != ".partial" or not (leftover / _CONTROL).is_dir()
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+            raise
+        return False
+    finally:
+        os.close(descriptor)
+    return True
 
 
 def _failing(error: SaveFailedError) -> dict[str, str]:

@@ -18,9 +18,11 @@ import shutil
 import warnings
 import zlib
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from kenotron.checkpoint.boxes import Box, find_flaw
 from kenotron.checkpoint.durable import fsync_directory, put_in_place, write_durably
@@ -32,6 +34,7 @@ from kenotron.checkpoint.format import (
     SAVE_ID,
     LocalTensor,
     ShardEntry,
+    ShardLayout,
     box_of,
     dtype_name,
     lay_out,
@@ -42,6 +45,9 @@ from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, ch
 from kenotron.checkpoint.meeting import Meeting
 from kenotron.checkpoint.values import Attachments, encode
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
+
+#: Of each entry of a shard the CRC-32C of each of its chunks.
+Checksums = Sequence[Sequence[int]]
 
 
 def save(
@@ -82,29 +88,106 @@ def save(
         SaveFailedError: anything else (no room, ranks missing, pieces that do not tile their tensor, a ``ValueError``
             on another rank); the same type and text on all ranks.
     """
-    final = Path(os.path.abspath(path))
-    _check_arguments(final, rank, world_size, save_id)
-    part = _Part(rank=rank, world_size=world_size, save_id=save_id)
-    meeting = Meeting(final, save_id, rank=rank, world_size=world_size, timeout_s=timeout_s, start_timeout_s=start_timeout_s)
-    try:
-        meeting.begin()
-        if rank == 0:
-            meeting.sweep()
-            _check_replaceable(final)
-        meeting.wait_for_start()
-        _check_tensors(tensors, rank)
-        part.gather(tensors, state, rank_state, allow_pickle)
-        meeting.report(part.write(meeting.folder, writer or SyncShardWriter()))
-        if rank == 0:
-            _publish(meeting, save_id, world_size, aliases or {})
-        else:
+    attempt = SaveAttempt(
+        path,
+        rank=rank,
+        world_size=world_size,
+        save_id=save_id,
+        timeout_s=timeout_s,
+        start_timeout_s=start_timeout_s,
+        aliases=aliases,
+    )
+    used = writer or SyncShardWriter()
+    former = attempt.run(
+        lambda: attempt.gather(tensors, state, rank_state, allow_pickle=allow_pickle),
+        lambda file, layout: used.write(file, layout.header, layout.buffers(), num_bytes=layout.num_bytes),
+    )
+    if former is not None:
+        remove_tree(former)
+
+
+class SaveAttempt:
+    """One rank's part of one save. Arguments as ``save``."""
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        rank: int,
+        world_size: int,
+        save_id: str,
+        timeout_s: float,
+        start_timeout_s: float | None,
+        aliases: Mapping[str, str] | None,
+    ) -> None:
+        self.path = Path(os.path.abspath(path))
+        _check_arguments(self.path, rank, world_size, save_id)
+        self._rank, self._world_size, self._save_id = rank, world_size, save_id
+        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
+        self._aliases = aliases or {}
+        self._part = _Part(rank=rank, world_size=world_size, save_id=save_id)
+
+    def gather(
+        self,
+        tensors: Sequence[LocalTensor],
+        state: Mapping[str, Any],
+        rank_state: Mapping[str, Any] | None,
+        *,
+        allow_pickle: bool,
+        is_lazy: Callable[[torch.Tensor], bool] = lambda tensor: False,
+    ) -> ShardLayout:
+        """Encode the state as it is now, and lay out the shard. Nothing of the tensors is read yet.
+
+        Args:
+            is_lazy: tells of tensors inside of the states whether they change in optimizer steps alone.
+
+        Raises:
+            ValueError: something that cannot be stored.
+        """
+        _check_tensors(tensors, self._rank)
+        return self._part.gather(tensors, state, rank_state, allow_pickle, is_lazy)
+
+    def run(self, gather: Callable[[], ShardLayout], write: Callable[[Path, ShardLayout], Checksums]) -> Path | None:
+        """Save together with the other ranks; return when the checkpoint is published and durable.
+
+        Args:
+            gather: returns what ``self.gather`` made. What it raises reaches the other ranks as well.
+            write: creates the shard's file, durably, and returns the checksums of each entry.
+
+        Returns:
+            What the checkpoint has replaced, which is to be removed; on rank 0.
+
+        Raises:
+            ValueError, SaveFailedError: as ``save``.
+        """
+        meeting = Meeting(
+            self.path,
+            self._save_id,
+            rank=self._rank,
+            world_size=self._world_size,
+            timeout_s=self._timeout_s,
+            start_timeout_s=self._start_timeout_s,
+        )
+        try:
+            meeting.begin()
+            if self._rank == 0:
+                meeting.sweep()
+                _check_replaceable(self.path)
+            meeting.wait_for_start()
+            layout = gather()
+            meeting.report(self._part.write(meeting.folder, layout, write))
+            if self._rank == 0:
+                return _publish(meeting, self._save_id, self._world_size, self._aliases)
             meeting.wait_for_publication()
-            fsync_directory(final.parent)
-    except BaseException as error:
-        agreed = meeting.withdraw(error, part.files)
-        if isinstance(error, ValueError) or not isinstance(error, Exception) or str(error) == str(agreed):
-            raise
-        raise agreed from error
+            fsync_directory(self.path.parent)
+            return None
+        except BaseException as error:
+            agreed = meeting.withdraw(error, self._part.files)
+            if isinstance(error, ValueError) or not isinstance(error, Exception) or str(error) == str(agreed):
+                raise
+            raise agreed from error
+        finally:
+            meeting.end()
 
 
 class _Part:
@@ -114,7 +197,6 @@ class _Part:
         self._rank = rank
         self._metadata = {"format": "pt", "save_id": save_id}  # transformers insists on the first
         self._shard = f"shard-{rank + 1:05d}-of-{world_size:05d}.safetensors"
-        self._entries: list[ShardEntry] = []
         self._pickles: dict[str, bytes] = {}
         self._report: dict[str, Any] = {"tensors": {}}
 
@@ -129,9 +211,11 @@ class _Part:
         state: Mapping[str, Any],
         rank_state: Mapping[str, Any] | None,
         allow_pickle: bool,
-    ) -> None:
-        """Encode the state and collect all that this rank writes."""
+        is_lazy: Callable[[torch.Tensor], bool],
+    ) -> ShardLayout:
+        """Encode the state and lay out all that this rank writes."""
         extra: list[LocalTensor] = []
+        entries: list[ShardEntry] = []
         sources = [("rank_state", f"rank_state/{self._rank}/", f"pickle-{self._rank}-", rank_state)]
         if self._rank == 0:
             sources.append(("state", "state/", "pickle-", state))
@@ -141,7 +225,9 @@ class _Part:
                 continue
             found = Attachments(tensor_prefix=tensor_prefix, pickle_prefix=pickle_prefix)
             self._report[key] = encode(dict(source), found, allow_pickle=allow_pickle)
-            extra += [LocalTensor.whole(name, tensor, (self._rank,)) for name, tensor in found.tensors.items()]
+            extra += [
+                LocalTensor.whole(name, tensor, (self._rank,), lazy=is_lazy(tensor)) for name, tensor in found.tensors.items()
+            ]
             self._pickles |= found.pickles
         for tensor in (*tensors, *extra):
             self._report["tensors"][tensor.name] = {
@@ -152,12 +238,12 @@ class _Part:
             # A rule that every rank can follow alone; which of its holders is the least loaded none of them knows.
             owners = sorted(tensor.owners)
             if owners[zlib.crc32(tensor.name.encode()) % len(owners)] == self._rank:
-                self._entries += _entries_of(tensor)
+                entries += _entries_of(tensor)
+        return lay_out(entries, self._metadata)
 
-    def write(self, folder: Path, writer: ShardWriter) -> dict[str, Any]:
+    def write(self, folder: Path, layout: ShardLayout, write: Callable[[Path, ShardLayout], Checksums]) -> dict[str, Any]:
         """Write the files durably and return the report."""
-        layout = lay_out(self._entries, self._metadata)
-        checksums = writer.write(folder / self._shard, layout.header, layout.buffers(), num_bytes=layout.num_bytes)
+        checksums = write(folder / self._shard, layout)
         for entry, (begin, end), crcs in zip(layout.entries, layout.ranges, checksums, strict=True):
             piece = StoredPiece(
                 file=self._shard,
@@ -181,14 +267,15 @@ def _entries_of(tensor: LocalTensor) -> list[ShardEntry]:
             global_shape=tensor.global_shape,
             offset=piece.offset,
             data=box_of(tensor.tensor, Box(piece.local, piece.shape)),
+            lazy=tensor.lazy,
         )
         for piece in tensor.pieces
         if Box(piece.offset, piece.shape).volume
     ]
 
 
-def _publish(meeting: Meeting, save_id: str, world_size: int, aliases: Mapping[str, str]) -> None:
-    """Check the reports of all ranks, write the manifest and give the directory its final name."""
+def _publish(meeting: Meeting, save_id: str, world_size: int, aliases: Mapping[str, str]) -> Path | None:
+    """Check the reports of all ranks, write the manifest and give the directory its final name. Return what it replaced."""
     reports = meeting.wait_for_reports()
     tensors = _merge(reports)
     manifest = Manifest(
@@ -210,8 +297,7 @@ def _publish(meeting: Meeting, save_id: str, world_size: int, aliases: Mapping[s
     former = put_in_place(meeting.folder, meeting.path, unpublished(meeting.path, save_id, "replaced"))
     fsync_directory(meeting.path.parent)
     meeting.clear()
-    if former is not None:
-        _remove(former)
+    return former
 
 
 def _merge(reports: Sequence[Mapping[str, Any]]) -> dict[str, StoredTensor]:
@@ -282,10 +368,11 @@ def _check_replaceable(path: Path) -> None:
     raise ValueError(f"{path} exists and is not a checkpoint; choose another path, or remove it first")
 
 
-def _remove(former: Path) -> None:
-    if former.is_symlink():
-        former.unlink()
+def remove_tree(path: Path) -> None:
+    """Delete a folder that is no longer a checkpoint, or a link; warn where that fails."""
+    if path.is_symlink():
+        path.unlink()
         return
-    shutil.rmtree(former, ignore_errors=True)
-    if former.exists():
-        warnings.warn(f"the replaced checkpoint {former} could not be removed; remove it by hand", stacklevel=4)
+    shutil.rmtree(path, ignore_errors=True)
+    if path.exists():
+        warnings.warn(f"{path} is no longer wanted and could not be removed; remove it by hand", stacklevel=3)

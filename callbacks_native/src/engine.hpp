@@ -1,0 +1,176 @@
+// The writing half of the engine: snapshots of a model's memory are copied into a pool, summed on the way, and written.
+//
+//   submit ──► copiers ──► pool of slots ──► writers ──► finish
+//              (1)         (bounded)         (2)         (fsync, by whoever waits for it)
+//
+// 1. submit: a snapshot is a header and sources (runs of memory), which make up one file in this order. The file is cut
+//    into slots. Nothing is copied yet; the caller keeps the sources unchanged until the snapshot is staged.
+// 2. copiers take one free slot of the pool after the other, oldest snapshot first, fill it and compute its CRC-32C sums.
+//    Without a free slot they wait for the writers: that is what bounds memory. A thread that waits for a snapshot to be
+//    staged (the fence) copies too instead of sleeping.
+// 3. staged: all has been copied, and a sample of the sources still has the same sums. Otherwise it is torn: somebody
+//    changed them meanwhile, and restage() copies all of it anew.
+// 4. attach: the file is created, which may be long after submit. From here on writers take filled slots.
+// 5. finish: when all is written the file gets its exact size and is made durable.
+//
+// A failure is kept in its snapshot, which frees its slots and counts as staged; other snapshots go on. No thread ever
+// throws or ends the process. All state is behind one mutex, which is held for bookkeeping alone.
+#pragma once
+
+#include <chrono>
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "copy.hpp"
+#include "cuda.hpp"
+#include "error.hpp"
+#include "file.hpp"
+#include "pool.hpp"
+
+namespace kenotron {
+
+// One checksum is kept for so many bytes of each source.
+inline constexpr std::size_t sum_bytes = std::size_t{4} << 20;
+
+struct EngineSettings {
+    std::size_t pool_bytes = std::size_t{256} << 20;
+    std::size_t slot_bytes = std::size_t{8} << 20;  // a multiple of `direct_alignment`
+    int num_copiers = 1;
+    int num_writers = 2;
+    int niceness = 10;               // of the threads of the engine
+    std::vector<int> cpus;           // that they may run on; empty: all
+    double max_bytes_per_second = 0;  // over all writers; 0: no limit
+    bool direct = true;              // past the page cache, where the file system can
+    double checked_share = 0.01;     // of the bytes, summed again once all has been copied
+    std::string cuda_library = "libcuda.so.1";
+};
+
+struct Source {
+    StridedBytes bytes;
+    bool is_eager = false;     // copied before `submit` returns, since it may change at any time
+    int device = -1;           // CUDA ordinal, and then contiguous; -1: host memory
+    std::uint64_t stream = 0;  // that the device's work on it was given to
+};
+
+struct SnapshotStats {
+    std::size_t num_bytes = 0;
+    double staged_s = 0;         // from submit until all was copied
+    double written_s = 0;        // from submit until all was written
+    double waited_for_room_s = 0;  // that copying stood still for want of a free slot
+    bool is_direct = false;
+    int num_restaged = 0;
+};
+
+class Engine;
+
+// One file on its way: made by Engine::submit. Destroying it gives up what has not happened yet.
+class Snapshot {
+public:
+    Snapshot(Snapshot&&) = default;
+    Snapshot& operator=(Snapshot&&) = delete;
+    ~Snapshot();
+
+    // Create the file and let the writers begin. Once.
+    Status attach(const std::string& path);
+
+    // Return when all has been copied, or the snapshot has ended.
+    void wait_staged();
+    bool is_staged() const;
+
+    // Whether it has failed or was cancelled: nothing more will happen.
+    bool has_ended() const;
+
+    // Whether sources have changed while they were copied. Of a staged snapshot.
+    bool is_torn() const;
+
+    // Copy all anew, from sources that the caller keeps unchanged for that long. The file must be attached.
+    void restage();
+
+    // Wait for the writers, give the file its size, make it durable and close it.
+    Status finish();
+
+    // Of a finished snapshot: for each source, the sum of each `sum_bytes` of it.
+    std::vector<std::vector<std::uint32_t>> sums() const;
+
+    SnapshotStats stats() const;
+
+    // Drop all that is left to do; returns when no thread reads a source or writes the file any more.
+    void cancel();
+
+private:
+    friend class Engine;
+    struct Job;  // what the threads know of it
+
+    Snapshot(std::shared_ptr<Engine> engine, std::shared_ptr<Job> job);
+
+    std::shared_ptr<Engine> engine_;
+    std::shared_ptr<Job> job_;
+};
+
+class Engine : public std::enable_shared_from_this<Engine> {
+public:
+    // Fails where there is no address space for the pool.
+    static std::shared_ptr<Engine> create(EngineSettings settings, Status& failed);
+    ~Engine();
+    Engine(const Engine&) = delete;
+    Engine& operator=(const Engine&) = delete;
+
+    // Claim memory for a snapshot of so many bytes (at most the whole pool) in the background.
+    void prepare(std::size_t num_bytes);
+
+    // Take a snapshot of sources of at least one byte each. Returns when the eager ones have been copied.
+    std::optional<Snapshot> submit(std::string header, std::vector<Source> sources, Status& failed);
+
+    // Return when every snapshot is staged: from here on the sources may change. Returns the seconds waited.
+    double fence();
+
+    const EngineSettings& settings() const noexcept { return settings_; }
+    const SlotPool& pool() const noexcept { return pool_; }
+
+private:
+    friend class Snapshot;
+    using Clock = std::chrono::steady_clock;
+    using Lock = std::unique_lock<std::mutex>;
+    using Job = Snapshot::Job;
+
+    explicit Engine(EngineSettings settings);
+    void start_threads();
+    void run_copier();
+    void run_writer();
+    void behave() const noexcept;
+    Status use_devices(Job& job);
+
+    // Each does one slot's worth of work with the mutex released meanwhile; false where there is none to do now.
+    bool copy_one(Lock& lock, CudaCopier* devices);
+    bool write_one(Lock& lock);
+    Status fill(Job& job, std::size_t index, std::byte* slot, CudaCopier* devices) const;
+    bool wait_for_bandwidth(Lock& lock, std::size_t num_bytes);
+
+    // With the mutex held.
+    void begin(const std::shared_ptr<Job>& job);
+    void settle(Job& job);
+    template <typename Done>
+    void help_until(Lock& lock, Done done);
+
+    const EngineSettings settings_;
+    const int owner_;  // the process: after a fork there are no threads to join
+    mutable std::mutex mutex_;
+    std::condition_variable changed_;  // anything at all: there are few threads, and some hundred events a second
+    std::deque<std::shared_ptr<Job>> copying_;  // not staged yet, the oldest first
+    std::deque<std::shared_ptr<Job>> writing_;  // attached and not all written, the oldest first
+    Clock::time_point bandwidth_free_at_{};
+    bool is_stopping_ = false;
+    std::shared_ptr<CudaDriver> cuda_;
+    SlotPool pool_;
+    std::vector<std::thread> threads_;
+};
+
+}  // namespace kenotron
