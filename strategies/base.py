@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
+from kenotron.checkpoint import Checkpointer
 from kenotron.layout import ParallelLayout
 from kenotron.parallel.apply import Parallelized
 from kenotron.parallel.random import RandomStreams
@@ -34,6 +35,7 @@ class StrategyBase(_LightningStrategy):
     _wanted: ParallelLayout
     _layout: ParallelLayout | None
     _checkpoint_settings: CheckpointSettings
+    _held_checkpointer: Checkpointer | None
     _mesh: DeviceMesh | None
     _dp_group: dist.ProcessGroup
     _host_pp_group: dist.ProcessGroup
@@ -123,4 +125,14 @@ class StrategyBase(_LightningStrategy):
     @property
     def _uses_foreign_io(self) -> bool:
         """Whether the user's own CheckpointIO plugin reads and writes (one process: it takes whole tensors)."""
-        return self._checkpoint_io is not None and type(self._checkpoint_io).__name__ != "TorchCheckpointIO"
+        is_own = self._checkpoint_io is None or type(self._checkpoint_io).__name__ == "TorchCheckpointIO"
+        return not is_own and not isinstance(getattr(self._checkpoint_io, "checkpointer", None), Checkpointer)
+
+    @property
+    def _checkpointer(self) -> Checkpointer:
+        """What saves: that of an ``AsyncCheckpointIO`` plugin, or the strategy's own."""
+        if self._held_checkpointer is None:
+            given = getattr(self._checkpoint_io, "checkpointer", None)
+            settings = self._checkpoint_settings
+            self._held_checkpointer = given or Checkpointer(settings.engine, on_error=settings.on_error)
+        return self._held_checkpointer

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kenotron import checkpoint as checkpoints
+from kenotron.checkpoint import Checkpointer
 from kenotron.strategies.settings import CheckpointSettings
 from kenotron.strategies.state import CheckpointState
 
@@ -33,6 +34,7 @@ def check_path(path: Any) -> None:
 
 
 def save_training(
+    checkpointer: Checkpointer,
     checkpoint: Mapping[str, Any],
     path: Any,
     state: CheckpointState,
@@ -44,7 +46,7 @@ def save_training(
     rank_state: Mapping[str, Any],
     handling_exception: bool,
 ) -> None:
-    """Write Lightning's ``checkpoint`` and this rank's tensors; all ranks call it.
+    """Begin to write Lightning's ``checkpoint`` and this rank's tensors; all ranks call it.
 
     Args:
         handling_exception: other ranks may be gone, so they are not waited for for long.
@@ -61,8 +63,9 @@ def save_training(
         "lightning": values,
         "extra_state": {name: value for name, value in module_state.items() if not isinstance(value, Tensor)},
         "optimizers": state.optimizer_groups() if with_optimizers else None,
+        "layout": state.layout_sizes(),
     }
-    checkpoints.save(
+    checkpointer.save(
         path,
         tensors,
         shared,
@@ -79,10 +82,17 @@ def save_training(
 
 @dataclass(frozen=True)
 class Restored:
-    """``checkpoint``: Lightning's dictionary without tensors. ``rank_state``: this rank's, if the world was as large."""
+    """What was restored.
+
+    Args:
+        checkpoint: Lightning's dictionary without tensors.
+        rank_state: this rank's, if the layout was the same.
+        lacks: what the checkpoint holds, or this layout needs, and could not be restored; empty if all was.
+    """
 
     checkpoint: dict[str, Any]
     rank_state: dict[str, Any] | None
+    lacks: str
 
 
 def load_training(
@@ -92,7 +102,6 @@ def load_training(
     strict: bool,
     with_optimizers: bool,
     rank: int,
-    world_size: int,
     allow_pickle: bool,
 ) -> Restored:
     """Load this rank's parts of module and optimizers in place, from a checkpoint of any layout."""
@@ -102,11 +111,17 @@ def load_training(
     if with_optimizers and saved["optimizers"] is not None:
         state.load_optimizers(manifest, saved["optimizers"])
     checkpoint = {**saved["lightning"], "state_dict": {}, LOADED_IN_PLACE: True}
+    lacks = ""
     if saved["optimizers"] is not None:
         checkpoint["optimizer_states"] = []
-    same_world = manifest.world_size == world_size
-    rank_state = checkpoints.load_rank_state(manifest, rank, allow_pickle=allow_pickle) if same_world else None
-    return Restored(checkpoint, rank_state)
+    elif checkpoint.get("optimizer_states"):
+        lacks = "its optimizer state, which another strategy saved"
+    rank_state = None
+    if saved.get("layout") == state.layout_sizes():
+        rank_state = checkpoints.load_rank_state(manifest, rank, allow_pickle=allow_pickle)
+    else:
+        lacks += f"{' and ' if lacks else ''}the states of its random generators, which belong to another layout"
+    return Restored(checkpoint, rank_state, lacks)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

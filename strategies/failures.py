@@ -6,6 +6,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from kenotron.strategies import _lightning
 from kenotron.strategies.base import StrategyBase
 
 
@@ -40,6 +41,7 @@ class Failures(StrategyBase):
 
     def teardown(self) -> None:
         """Leave weights and optimizers where they are: moving shards of a large model off the device helps nobody."""
+        self._finish_saving()
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None
@@ -50,6 +52,18 @@ class Failures(StrategyBase):
             self.accelerator.teardown()
         self.checkpoint_io.teardown()
 
+    def _finish_saving(self) -> None:
+        """Wait for checkpoints that are being written. While an exception is handled, none of theirs may take its place."""
+        if self._held_checkpointer is None:
+            return
+        if not self._is_failing:
+            self._held_checkpointer.close()
+            return
+        try:
+            self._held_checkpointer.close(others_timeout_s=self._checkpoint_settings.exception_timeout_s)
+        except Exception as error:
+            _lightning.warn(self.names, f"A checkpoint that was being written is lost: {error}")
+
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = dict(super().__getstate__())
         for name in _NOT_PICKLED:
@@ -59,6 +73,7 @@ class Failures(StrategyBase):
 
 _NOT_PICKLED = (
     "_mesh", "_dp_group", "_host_pp_group", "_monitor", "_done", "_steps", "_state", "_tokens", "_streams",
+    "_held_checkpointer",
 )  # fmt: skip
 
 

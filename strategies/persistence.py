@@ -43,7 +43,9 @@ class Persistence(StrategyBase):
         if storage_options is not None:
             raise ValueError("storage_options belong to a CheckpointIO plugin; KenotronStrategy writes files itself.")
         check_path(filepath)
+        checkpointer = self._checkpointer
         save_training(
+            checkpointer,
             checkpoint,
             filepath,
             self._state,
@@ -54,8 +56,27 @@ class Persistence(StrategyBase):
             handling_exception=self._is_failing,
             rank_state={"random": random_state(self.root_device), "streams": self._streams_state()},
         )
+        if not (self._checkpoint_settings.asynchronous and checkpointer.is_training) or self._links_to_last():
+            checkpointer.wait()
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        """Remove a checkpoint, once one that was begun later is published."""
+        if self._uses_foreign_io:
+            super().remove_checkpoint(filepath)
+        elif self.is_global_zero:
+            self._checkpointer.remove(filepath)
+            if not self._checkpointer.is_training:
+                self._checkpointer.wait()
+
+    def _links_to_last(self) -> bool:
+        """Whether a callback makes a link to the checkpoint as soon as the call returns: it must not dangle."""
+        return any(
+            getattr(callback, "save_last", None) == "link" for callback in self._user_module.trainer.checkpoint_callbacks
+        )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        if self._held_checkpointer is not None:
+            self._held_checkpointer.wait()
         if self._uses_foreign_io or not checkpoints.is_checkpoint(checkpoint_path):
             loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
             if loaded.get("optimizer_states") and self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING:
@@ -77,9 +98,10 @@ class Persistence(StrategyBase):
             strict=module.strict_loading,
             with_optimizers=module.trainer.state.fn == self.names.TrainerFn.FITTING,
             rank=self.global_rank,
-            world_size=self.world_size,
             allow_pickle=self._checkpoint_settings.allow_pickle,
         )
+        if restored.lacks and module.trainer.state.fn == self.names.TrainerFn.FITTING and self.is_global_zero:
+            _lightning.warn(self.names, f"{checkpoint_path} is restored without {restored.lacks}.")
         if restored.rank_state is not None and module.trainer.state.fn == self.names.TrainerFn.FITTING:
             set_random_state(restored.rank_state["random"], self.root_device)
             if self._streams is not None and restored.rank_state["streams"] is not None:

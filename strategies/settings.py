@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Literal
+
+from kenotron.checkpoint import EngineSettings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +30,16 @@ class CheckpointSettings:
         allow_pickle: also keep values that only pickle can hold, apart and marked. Loading them runs code from the file.
         timeout_s: how long the ranks wait for each other while saving.
         exception_timeout_s: the same for a save while an exception is handled, where other ranks may be gone.
+        asynchronous: write while training goes on. A checkpoint is then seen when it is complete, some time after the call;
+            the end of ``fit`` waits for it. Before the first optimizer step and after ``fit`` every save is waited for.
+        on_error: what a save that failed in the background does: ``"raise"`` at the next save or at the end of ``fit``, or
+            ``"warn"`` and train on.
+        engine: memory, threads and bandwidth that writing may use.
     """
 
     allow_pickle: bool = False
     timeout_s: float = 1800.0
     exception_timeout_s: float = 5.0
+    asynchronous: bool = True
+    on_error: Literal["raise", "warn"] = "raise"
+    engine: EngineSettings = field(default_factory=EngineSettings)

@@ -38,6 +38,10 @@ class CheckpointState:
         self._layout = layout
         self._where = layout.coordinates(rank)
 
+    def layout_sizes(self) -> dict[str, int]:
+        """Return what random states of ranks depend on: the size of each axis."""
+        return dict(zip(("pp", "dp_replicate", "dp_shard", "cp", "tp"), self._layout.sizes, strict=True))
+
     # -------------------------------------------------------------------------------------------------------- module
 
     def state_dict(self) -> dict[str, Any]:
@@ -55,7 +59,9 @@ class CheckpointState:
                 continue
             seen.add(key)
             if key in params:
-                yield self._boxed(_MODEL + key, key, value)
+                # A hook may have put something else under the parameter's name, which may change at any time.
+                lazy = local(value).data_ptr() == local(params[key]).data_ptr()
+                yield self._boxed(_MODEL + key, key, value, lazy=lazy)
             else:
                 owner = self._first_rank_of_stage(name) if name in buffers else 0
                 yield LocalTensor.whole(_MODEL + name, local(value), owners=(owner,))
@@ -186,8 +192,8 @@ class CheckpointState:
     def _state_tensor(self, index: int, name: str, key: str, param: nn.Parameter, value: Tensor) -> LocalTensor:
         full_name = f"optimizer.{index}/{name}/{key}"
         if value.shape == param.shape:
-            return self._boxed(full_name, name, value)
-        return LocalTensor.whole(full_name, local(value), owners=(min(self._all_holders(name)),))
+            return self._boxed(full_name, name, value, lazy=True)
+        return LocalTensor.whole(full_name, local(value), owners=(min(self._all_holders(name)),), lazy=True)
 
     def _own_parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
         own = {id(param): name for name, param in self._done.named_parameters().items()}
@@ -196,7 +202,7 @@ class CheckpointState:
 
     # --------------------------------------------------------------------------------------------------------- boxes
 
-    def _boxed(self, full_name: str, name: str, value: Tensor) -> LocalTensor:
+    def _boxed(self, full_name: str, name: str, value: Tensor, *, lazy: bool) -> LocalTensor:
         """Describe a tensor that is cut like the parameter ``name``."""
         shard = self._done.shards.of(name, value)
         rows = None
@@ -209,6 +215,7 @@ class CheckpointState:
             global_shape=shard.global_shape,
             pieces=tuple(pieces_of(shard, rows)),
             owners=tuple(self._holders_of_same_box(name, shard, isinstance(value, DTensor))),
+            lazy=lazy,
         )
 
     def _holders_of_same_box(self, name: str, shard: TensorShard, is_sharded: bool) -> list[int]:

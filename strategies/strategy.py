@@ -16,6 +16,7 @@ import os
 import uuid
 import warnings
 from collections.abc import Generator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
+from kenotron.checkpoint import Checkpointer, remove_leftovers
 from kenotron.layout import ParallelLayout, ZeroStage
 from kenotron.parallel import pipeline as pipelines
 from kenotron.parallel._torch import default_store, flatten
@@ -114,6 +116,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._sequence_parallel, self._blocks, self._plan = sequence_parallel, blocks, ParallelPlan.of(plan)
         self._group_settings = process_group or ProcessGroupSettings()
         self._checkpoint_settings = checkpoint or CheckpointSettings()
+        self._held_checkpointer: Checkpointer | None = None
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -200,6 +203,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         fitting = trainer.state.fn == self.names.TrainerFn.FITTING
         if fitting:
             self._check_checkpoint_paths(trainer)
+            self._prepare_checkpoints(trainer)
             self.setup_optimizers(trainer)
         self._state = CheckpointState(self._done, self.optimizers, self.layout, self.global_rank)
         self.setup_precision_plugin()
@@ -236,6 +240,18 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             return
         for callback in trainer.checkpoint_callbacks:
             check_path(getattr(callback, "dirpath", None))
+
+    def _prepare_checkpoints(self, trainer: Any) -> None:
+        """Clear away what a run that died has left, and have memory ready for the first save."""
+        if self._uses_foreign_io or not trainer.checkpoint_callbacks:
+            return
+        self._checkpointer.guard_optimizers()
+        if not self.is_global_zero:
+            return
+        folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
+        for folder in filter(None, folders):
+            for leftover in remove_leftovers(Path(folder)):
+                _lightning.warn(self.names, f"Removed {leftover}: a save that died before it was published.")
 
     def _check(self, module: Any) -> None:
         if self._uses_foreign_io and self.world_size > 1:

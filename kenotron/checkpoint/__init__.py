@@ -25,6 +25,7 @@ from kenotron.checkpoint.errors import (
 from kenotron.checkpoint.format import LocalTensor, Piece
 from kenotron.checkpoint.load import load_into, load_rank_state, load_state, load_state_dict
 from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, is_checkpoint, read_manifest
+from kenotron.checkpoint.meeting import remove_leftovers
 from kenotron.checkpoint.save import save
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
 
@@ -64,5 +65,6 @@ __all__ = [
     "load_state",
     "load_state_dict",
     "read_manifest",
+    "remove_leftovers",
     "save",
 ]

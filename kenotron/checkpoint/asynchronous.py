@@ -107,8 +107,9 @@ class PendingSave:
             copying stood still because the pool was full), ``num_restaged`` (how often it was found torn).
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, attempt: SaveAttempt) -> None:
+        self.path = attempt.path
+        self.attempt = attempt
         self.stats: dict[str, float] = {}
         self.error: BaseException | None = None
         self.num_late_steps = 0  # optimizer steps between the call and what is copied: none, unless a fence was left out
@@ -179,6 +180,7 @@ class PendingSave:
         self.settle(may_restage=False)
         if not self._is_settled.wait(timeout_s):
             raise SaveFailedError(f"saving {self.path}: the state changed while it was copied and was never at rest again")
+        self.attempt.num_late_steps = self._num_late_steps_copied
         snapshot.finish()
         self.stats |= snapshot.stats()
         return snapshot.sums()
@@ -272,7 +274,7 @@ class Checkpointer:
             start_timeout_s=start_timeout_s,
             aliases=aliases,
         )
-        pending = PendingSave(attempt.path)
+        pending = PendingSave(attempt)
         refused: BaseException | None = None
         layout: ShardLayout | None = None
         try:
@@ -349,12 +351,18 @@ class Checkpointer:
         self._drain()
         self._tell_errors()
 
-    def close(self) -> None:
+    def close(self, *, others_timeout_s: float | None = None) -> None:
         """Wait, and stop all threads. The next save starts them again.
+
+        Args:
+            others_timeout_s: how much longer to wait for other ranks, where they may be dead.
 
         Raises:
             SaveFailedError: as ``wait``.
         """
+        if others_timeout_s is not None:
+            for pending in self._open:
+                pending.attempt.hurry(others_timeout_s)
         self._drain()
         if self._worker is not None:
             self._jobs.put(None)

@@ -16,6 +16,7 @@ import contextlib
 import errno
 import fcntl
 import json
+import math
 import os
 import shutil
 import time
@@ -67,8 +68,13 @@ class Meeting:
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._start = time.monotonic()
+        self._latest = math.inf
         self._has_reported = False
         self._lock: int | None = None
+
+    def hurry(self, within_s: float) -> None:
+        """Wait no longer than ``within_s`` from now on; from any thread."""
+        self._latest = time.monotonic() + within_s
 
     def begin(self) -> None:
         """Make the unpublished directory and say that this rank takes part.
@@ -77,6 +83,7 @@ class Meeting:
             ValueError: the save id was used before.
             OSError: the directory cannot be made.
         """
+        self._start = time.monotonic()
         if self._published_by_rank_0():
             raise ValueError(f"save_id={self._save_id!r} is published as {self.path}; use a new one for each save")
         make_directories(self._control)
@@ -180,9 +187,12 @@ class Meeting:
                     f"the files of the save of {self.path} (save id {self._save_id}) are gone: "
                     f"another save to the same path has begun, or they were removed"
                 )
-            if time.monotonic() >= deadline:
+            now = time.monotonic()
+            if now >= min(deadline, self._latest):
                 if verdict != _PUBLISH or is_extended:
-                    raise RanksMissingError(f"saving {self.path} was given up after {within_s:g} s: {who_is_missing()}")
+                    waited_s = within_s if now >= deadline else now - self._start
+                    raise RanksMissingError(f"saving {self.path} was given up after {waited_s:.3g} s: {who_is_missing()}")
+                self._latest = math.inf
                 deadline, is_extended = deadline + within_s, True  # all is written and checked: a rename is left
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)

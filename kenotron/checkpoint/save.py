@@ -26,7 +26,7 @@ import torch
 
 from kenotron.checkpoint.boxes import Box, find_flaw
 from kenotron.checkpoint.durable import fsync_directory, put_in_place, write_durably
-from kenotron.checkpoint.errors import CoverageError
+from kenotron.checkpoint.errors import CoverageError, SaveFailedError
 from kenotron.checkpoint.format import (
     DTYPE_NAMES,
     MANIFEST,
@@ -107,7 +107,12 @@ def save(
 
 
 class SaveAttempt:
-    """One rank's part of one save. Arguments as ``save``."""
+    """One rank's part of one save. Arguments as ``save``.
+
+    Attributes:
+        num_late_steps: optimizer steps that were made between the call and what was copied; the same on all ranks, or the
+            parts do not belong together.
+    """
 
     def __init__(
         self,
@@ -123,9 +128,21 @@ class SaveAttempt:
         self.path = Path(os.path.abspath(path))
         _check_arguments(self.path, rank, world_size, save_id)
         self._rank, self._world_size, self._save_id = rank, world_size, save_id
-        self._timeout_s, self._start_timeout_s = timeout_s, start_timeout_s
         self._aliases = aliases or {}
         self._part = _Part(rank=rank, world_size=world_size, save_id=save_id)
+        self._meeting = Meeting(
+            self.path,
+            save_id,
+            rank=rank,
+            world_size=world_size,
+            timeout_s=timeout_s,
+            start_timeout_s=start_timeout_s,
+        )
+        self.num_late_steps = 0
+
+    def hurry(self, within_s: float) -> None:
+        """Wait for other ranks no longer than ``within_s`` from now on; from any thread."""
+        self._meeting.hurry(within_s)
 
     def gather(
         self,
@@ -160,14 +177,7 @@ class SaveAttempt:
         Raises:
             ValueError, SaveFailedError: as ``save``.
         """
-        meeting = Meeting(
-            self.path,
-            self._save_id,
-            rank=self._rank,
-            world_size=self._world_size,
-            timeout_s=self._timeout_s,
-            start_timeout_s=self._start_timeout_s,
-        )
+        meeting = self._meeting
         try:
             meeting.begin()
             if self._rank == 0:
@@ -175,7 +185,8 @@ class SaveAttempt:
                 _check_replaceable(self.path)
             meeting.wait_for_start()
             layout = gather()
-            meeting.report(self._part.write(meeting.folder, layout, write))
+            report = self._part.write(meeting.folder, layout, write)
+            meeting.report(report | {"late_steps": self.num_late_steps})
             if self._rank == 0:
                 return _publish(meeting, self._save_id, self._world_size, self._aliases)
             meeting.wait_for_publication()
@@ -277,6 +288,9 @@ def _entries_of(tensor: LocalTensor) -> list[ShardEntry]:
 def _publish(meeting: Meeting, save_id: str, world_size: int, aliases: Mapping[str, str]) -> Path | None:
     """Check the reports of all ranks, write the manifest and give the directory its final name. Return what it replaced."""
     reports = meeting.wait_for_reports()
+    late = [report["late_steps"] for report in reports]
+    if len(set(late)) > 1:
+        raise SaveFailedError(f"saving {meeting.path}: the ranks' parts are {late} optimizer steps late, so not of one moment")
     tensors = _merge(reports)
     manifest = Manifest(
         path=meeting.path,
