@@ -32,7 +32,7 @@ class Engine:
     def submit(
         self, header: bytes, sources: Sequence[tuple[int, list[tuple[int, int]], int, bool, int, int]], keep: Any
     ) -> Snapshot:
-        """Begin to copy `sources` (see `sources.py`), and return when the eager ones have been. `keep` is held.
+        """Begin to copy `sources` (see `sources.py`). `keep` is held.
 
         Raises:
             OSError: the CUDA driver cannot be opened, or failed.
@@ -55,6 +55,9 @@ class Snapshot:
 
     def attach(self, path: str) -> None:
         """Create the file, which must not exist, at its full size, and begin to write; `OSError`."""
+
+    def wait_eager(self) -> None:
+        """Return when the eager sources have been copied, or it has failed; with many of them this waits for `attach`."""
 
     def wait_staged(self) -> None:
         """Return when all has been copied, or it has failed."""

@@ -38,6 +38,9 @@ public:
     void attach(const std::string& path) {
         check(unlocked([&] { return snapshot_.attach(path); }));
     }
+    void wait_eager() {
+        unlocked([&] { snapshot_.wait_eager(); return Status{}; });
+    }
     void wait_staged() {
         unlocked([&] { snapshot_.wait_staged(); return Status{}; });
     }
@@ -115,6 +118,7 @@ PySnapshot submit(Engine& engine, const nb::bytes& header, const std::vector<Sou
 void bind_engine(nb::module_& module) {
     nb::class_<PySnapshot>(module, "Snapshot")
         .def("attach", &PySnapshot::attach, nb::arg("path"))
+        .def("wait_eager", &PySnapshot::wait_eager)
         .def("wait_staged", &PySnapshot::wait_staged)
         .def("restage", &PySnapshot::restage)
         .def("finish", &PySnapshot::finish)

@@ -120,7 +120,8 @@ bool Snapshot::Job::are_samples_alike(double share) const {
     std::vector<const Part*> all;
     for (const auto& slot : parts) {
         for (const Part& part : slot) {
-            if (sources[part.source].device < 0) all.push_back(&part);
+            const Source& source = sources[part.source];
+            if (source.device < 0 && !source.is_eager) all.push_back(&part);
         }
     }
     std::minstd_rand random(static_cast<unsigned>(steady_clock::now().time_since_epoch().count()));
@@ -155,6 +156,11 @@ Status Snapshot::attach(const std::string& path) {
     engine_->writing_.push_back(job_);
     engine_->changed_.notify_all();
     return {};
+}
+
+void Snapshot::wait_eager() {
+    Engine::Lock lock(engine_->mutex_);
+    engine_->help_until(lock, [this] { return job_->is_staged || job_->num_eager_copied == job_->num_eager; });
 }
 
 void Snapshot::wait_staged() {
@@ -279,9 +285,8 @@ std::optional<Snapshot> Engine::submit(std::string header, std::vector<Source> s
     if (failed) return {};
     prepare(job->stats.num_bytes);
     Snapshot snapshot(shared_from_this(), job);
-    Lock lock(mutex_);
+    const Lock lock(mutex_);
     begin(job);
-    help_until(lock, [&] { return job->is_staged || job->num_eager_copied == job->num_eager; });
     return snapshot;
 }
 

@@ -55,7 +55,7 @@ struct EngineSettings {
 
 struct Source {
     StridedBytes bytes;
-    bool is_eager = false;     // copied before `submit` returns, since it may change at any time
+    bool is_eager = false;     // copied first, since it may change at any time
     int device = -1;           // CUDA ordinal, and then contiguous; -1: host memory
     std::uint64_t stream = 0;  // that the device's work on it was given to
 };
@@ -80,6 +80,10 @@ public:
 
     // Create the file and let the writers begin. Once.
     Status attach(const std::string& path);
+
+    // Return when the eager sources have been copied: those that may change at any time. The caller helps. With more of
+    // them than the pool holds this waits for a file to be attached.
+    void wait_eager();
 
     // Return when all has been copied, or the snapshot has ended.
     void wait_staged();
@@ -126,7 +130,7 @@ public:
     // Claim memory for a snapshot of so many bytes (at most the whole pool) in the background.
     void prepare(std::size_t num_bytes);
 
-    // Take a snapshot of sources of at least one byte each. Returns when the eager ones have been copied.
+    // Take a snapshot of sources of at least one byte each, and return at once.
     std::optional<Snapshot> submit(std::string header, std::vector<Source> sources, Status& failed);
 
     // Return when every snapshot is staged: from here on the sources may change. Returns the seconds waited.

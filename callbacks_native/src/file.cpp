@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <utility>
 
 namespace kenotron {
 namespace {
@@ -90,15 +91,17 @@ Status OutputFile::finish() {
         if (errno != EINTR) return last_error("ftruncate", path_);
     }
     while (fsync(descriptor_) != 0) {
-        // Any other failure is told once and then forgotten by the system: it must not be tried again.
-        if (errno != EINTR) return last_error("fsync", path_);
+        if (errno == EINTR) continue;
+        // The system tells any other failure once and then forgets it: closed, so that nobody can try again.
+        const Status failed = last_error("fsync", path_);
+        close(std::exchange(descriptor_, -1));
+        return failed;
     }
 #ifdef POSIX_FADV_DONTNEED
     if (!is_direct_) posix_fadvise(descriptor_, 0, 0, POSIX_FADV_DONTNEED);
 #endif
-    const int descriptor = descriptor_;
-    descriptor_ = -1;
-    if (close(descriptor) != 0) return last_error("close", path_);
+    // Closed even where that was interrupted, and durable since fsync.
+    if (close(std::exchange(descriptor_, -1)) != 0 && errno != EINTR) return last_error("close", path_);
     return {};
 }
 

@@ -42,6 +42,7 @@ std::uint32_t crc32c(nb::handle buffer, std::uint32_t seed) {
 }  // namespace
 
 NB_MODULE(_engine, module) {
+    nb::set_leak_warnings(false);  // an engine may well live until the process ends
     module.doc() = "The native engine of Kénotron.";
     module.def("crc32c", &crc32c, nb::arg("buffer"), nb::arg("seed") = 0u,
                "Return the CRC-32C of a contiguous buffer, continuing from `seed`, the CRC-32C of what precedes it.");

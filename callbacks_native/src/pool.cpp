@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <utility>
 
 namespace kenotron {
@@ -38,8 +39,11 @@ SlotPool::SlotPool(std::size_t num_slots, std::size_t slot_bytes, std::function<
 
 SlotPool::~SlotPool() {
     if (mapping_ == nullptr) return;
-    if (owner_ != getpid()) {  // in a fork's copy there is no thread to join, and the memory is not there
-        static_cast<void>(new std::thread(std::move(claimer_)));
+    if (owner_ != getpid()) {
+        // In a fork's copy the memory is not there, nor is the thread: joining it, or destroying what it waits on, would
+        // wait for it. Both are made anew over what they were.
+        std::construct_at(&claimer_);
+        std::construct_at(&wanted_changed_);
         return;
     }
     {

@@ -37,7 +37,7 @@ from kenotron.checkpoint.errors import CheckpointError, SaveFailedError
 from kenotron.checkpoint.format import LocalTensor, ShardLayout, unpublished
 from kenotron.checkpoint.guard import OptimizerGuard
 from kenotron.checkpoint.manifest import is_checkpoint
-from kenotron.checkpoint.save import Checksums, SaveAttempt, remove_tree
+from kenotron.checkpoint.save import Checksums, SaveAttempt, check_replaceable, remove_tree
 from kenotron.checkpoint.sources import Sources
 
 #: How long an interpreter that ends without ``close`` waits for what is in flight.
@@ -130,6 +130,12 @@ class PendingSave:
         sources = Sources(layout.entries)
         self._snapshot = engine.submit(layout.header, sources.native, sources)
         self._sources = sources
+
+    def wait_eager(self) -> None:
+        """Return when all that may change at any time has been copied: the end of the call."""
+        snapshot = self._snapshot
+        if snapshot is not None:
+            snapshot.wait_eager()
         self.stats["call_s"] = time.perf_counter() - self._began
 
     def refuse(self, error: BaseException) -> None:
@@ -223,6 +229,7 @@ class Checkpointer:
         self._unsettled: list[PendingSave] = []
         self._last_published: Path | None = None
         self._kept: list[Path] = []
+        self._not_removed: list[Exception] = []
         self._guard: OptimizerGuard | None = None
         atexit.register(_drain_at_exit, weakref.ref(self))
 
@@ -278,6 +285,8 @@ class Checkpointer:
         refused: BaseException | None = None
         layout: ShardLayout | None = None
         try:
+            if rank == 0:
+                check_replaceable(attempt.path)
             layout = attempt.gather(tensors, state, rank_state, allow_pickle=allow_pickle, is_lazy=is_lazy)
             pending.take(self._started(), layout)
         except Exception as error:  # the other ranks wait for this one: they are told, and this one raises
@@ -300,15 +309,16 @@ class Checkpointer:
                 pending.end(error)
             else:
                 pending.end(None)
-                if former is not None:
-                    remove_tree(former)
                 self._last_published = attempt.path
                 self._kept = [path for path in self._kept if path != attempt.path]  # it is wanted again
+                if former is not None:
+                    remove_tree(former)
                 self._remove_kept()
 
         self._hand_over(run)
         if refused is not None:
             raise refused
+        pending.wait_eager()
         self._open.append(pending)
         self.last = pending
         return pending
@@ -392,7 +402,14 @@ class Checkpointer:
         if self._worker is None:
             self._worker = threading.Thread(target=_work, args=(self._jobs,), name="kenotron-checkpoint", daemon=True)
             self._worker.start()
-        self._jobs.put(job)
+
+        def run() -> None:
+            try:
+                job()
+            except Exception as error:  # of a removal; saves keep theirs. The thread must live: others wait for it
+                self._not_removed.append(error)
+
+        self._jobs.put(run)
 
     def _drain(self, timeout_s: float | None = None) -> None:
         self.fence()
@@ -405,6 +422,9 @@ class Checkpointer:
         """Report each failure once."""
         failed = [pending for pending in self._open if pending.done() and pending.error is not None]
         self._open = [pending for pending in self._open if not pending.done()]
+        not_removed, self._not_removed = self._not_removed, []
+        for error in not_removed:
+            warnings.warn(f"a checkpoint that is no longer wanted was not removed: {error}", stacklevel=3)
         for pending in failed:
             if self.on_error == "raise":
                 raise _telling(pending)
@@ -416,8 +436,11 @@ class Checkpointer:
         for path in kept:
             if path == self._last_published or (self._last_published is None and is_checkpoint(path)):
                 self._kept.append(path)
-            else:
+                continue
+            try:
                 remove_checkpoint(path)
+            except OSError as error:
+                self._not_removed.append(error)
 
 
 def remove_checkpoint(path: Path) -> None:

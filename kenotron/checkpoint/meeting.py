@@ -3,7 +3,7 @@
 A save may be made where other ranks are dead (on an exception) or busy (in the background), so nothing here waits
 without a limit and nothing needs a process group. In ``.<name>.<save id>.partial/control/`` stand:
 
-- ``lock``: locked by rank 0 for as long as it lives and saves, so that a later start can tell what died.
+- ``lock``: locked by every rank for as long as it lives and saves, so that a later start can tell what died.
 - ``begun-NNNNN``: rank N takes part. It becomes ``left-NNNNN`` when that rank has given up and removed its files.
 - ``report-NNNNN.json``: what rank N has written, durably.
 - ``verdict.json``: made by a hard link, so that there is exactly one: rank 0's "publish" once all has been checked, or
@@ -38,6 +38,37 @@ _SHORTEST_PAUSE_S = 0.001
 _LONGEST_PAUSE_S = 0.1
 
 
+class FolderLock:
+    """Marks an unpublished directory as that of a living process. Made with the directory; ends with the process.
+
+    Args:
+        folder: the directory, which is made where it is missing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._descriptor = -1
+        make_directories(folder / _CONTROL)
+        self._descriptor = os.open(folder / _CONTROL / _LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        with contextlib.suppress(OSError):  # without locks a leftover would have to be removed by hand
+            fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+    def __del__(self) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the directory."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            with contextlib.suppress(OSError):  # nothing was written to it: no reason for a complete save to fail
+                os.close(descriptor)
+
+    def remove(self) -> None:
+        """Remove the mark from the directory, which is about to be published, and let go."""
+        shutil.rmtree(self.folder / _CONTROL, ignore_errors=True)
+        self.release()
+
+
 class Meeting:
     """One rank's view of one save.
 
@@ -70,7 +101,7 @@ class Meeting:
         self._start = time.monotonic()
         self._latest = math.inf
         self._has_reported = False
-        self._lock: int | None = None
+        self._lock: FolderLock | None = None
 
     def hurry(self, within_s: float) -> None:
         """Wait no longer than ``within_s`` from now on; from any thread."""
@@ -86,11 +117,7 @@ class Meeting:
         self._start = time.monotonic()
         if self._published_by_rank_0():
             raise ValueError(f"save_id={self._save_id!r} is published as {self.path}; use a new one for each save")
-        make_directories(self._control)
-        if self._rank == 0:
-            self._lock = os.open(self._control / _LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            with contextlib.suppress(OSError):  # without locks its leftover would have to be removed by hand
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._lock = FolderLock(self.folder)
         try:
             (self._control / f"begun-{self._rank:05d}").touch(exist_ok=False)
         except FileExistsError:
@@ -159,14 +186,14 @@ class Meeting:
                 shutil.rmtree(leftover, ignore_errors=True)
 
     def clear(self) -> None:
-        """Remove the control files from the published checkpoint."""
-        shutil.rmtree(self.path / _CONTROL, ignore_errors=True)
+        """Remove the control files from the published checkpoint, where nobody minds them."""
+        with contextlib.suppress(OSError):  # `ignore_errors` of Python 3.11 does not cover closing
+            shutil.rmtree(self.path / _CONTROL, ignore_errors=True)
 
     def end(self) -> None:
         """Let go of what lasts as long as the save."""
         if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+            self._lock.release()
 
     def _discard(self, own_files: Iterable[str]) -> None:
         names = [path.name for path in self.folder.iterdir() if path.is_file()] if self._rank == 0 else own_files
@@ -272,7 +299,9 @@ def _is_dead(leftover: Path) -> bool:
     try:
         descriptor = os.open(leftover / _CONTROL / _LOCK, os.O_WRONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        return leftover.suffix != ".partial" or not (leftover / _CONTROL).is_dir()
+        return True
+    except OSError:  # somebody else's, or a file system that is read-only: it could not be removed either
+        return False
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

@@ -13,6 +13,7 @@ in place.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import warnings
@@ -182,7 +183,7 @@ class SaveAttempt:
             meeting.begin()
             if self._rank == 0:
                 meeting.sweep()
-                _check_replaceable(self.path)
+                check_replaceable(self.path)
             meeting.wait_for_start()
             layout = gather()
             report = self._part.write(meeting.folder, layout, write)
@@ -306,7 +307,7 @@ def _publish(meeting: Meeting, save_id: str, world_size: int, aliases: Mapping[s
         check_file_size(meeting.folder / name, size)
     write_durably(meeting.folder / MANIFEST, manifest.to_bytes())
     fsync_directory(meeting.folder)
-    _check_replaceable(meeting.path)
+    check_replaceable(meeting.path)
     meeting.decide_to_publish()
     former = put_in_place(meeting.folder, meeting.path, unpublished(meeting.path, save_id, "replaced"))
     fsync_directory(meeting.path.parent)
@@ -332,9 +333,24 @@ def _merge(reports: Sequence[Mapping[str, Any]]) -> dict[str, StoredTensor]:
             problems += _coverage_problems(name, first.shape, pieces)
             ordered = sorted((piece for _, piece in pieces), key=lambda piece: piece.offset)
             merged[name] = StoredTensor(dtype=first.dtype, shape=first.shape, pieces=tuple(ordered))
-    if problems:
-        raise CoverageError("the ranks' pieces do not make up the tensors:\n" + "\n".join(problems))
+    _raise_coverage(problems)
     return merged
+
+
+def check_coverage(tensors: Mapping[str, StoredTensor]) -> None:
+    """Raise ``CoverageError``, listing all, where pieces do not tile their tensor."""
+    flaws = {name: find_flaw([piece.box for piece in tensor.pieces], tensor.shape) for name, tensor in tensors.items()}
+    _raise_coverage(
+        f"{name}: of the shape {tensors[name].shape} the element {flaw[0]} is stored {flaw[1]} times"
+        for name, flaw in flaws.items()
+        if flaw is not None
+    )
+
+
+def _raise_coverage(problems: Iterable[str]) -> None:
+    text = "\n".join(problems)
+    if text:
+        raise CoverageError(f"the ranks' pieces do not make up the tensors:\n{text}")
 
 
 def _coverage_problems(name: str, shape: tuple[int, ...], pieces: Sequence[tuple[int, StoredPiece]]) -> Iterable[str]:
@@ -375,7 +391,7 @@ def _check_tensors(tensors: Sequence[LocalTensor], rank: int) -> None:
             raise ValueError(f"{tensor.name}: rank {rank} passes it but is none of its owners {tensor.owners}; add it")
 
 
-def _check_replaceable(path: Path) -> None:
+def check_replaceable(path: Path) -> None:
     """Raise ``ValueError`` where something stands at ``path`` that a checkpoint must not replace."""
     if not path.exists() or is_checkpoint(path) or (path.is_dir() and not any(path.iterdir())):
         return
@@ -384,9 +400,9 @@ def _check_replaceable(path: Path) -> None:
 
 def remove_tree(path: Path) -> None:
     """Delete a folder that is no longer a checkpoint, or a link; warn where that fails."""
-    if path.is_symlink():
-        path.unlink()
-        return
-    shutil.rmtree(path, ignore_errors=True)
-    if path.exists():
+    with contextlib.suppress(OSError):  # `ignore_errors` of Python 3.11 does not cover closing
+        if path.is_symlink():
+            path.unlink()
+        shutil.rmtree(path, ignore_errors=True)
+    if os.path.lexists(path):
         warnings.warn(f"{path} is no longer wanted and could not be removed; remove it by hand", stacklevel=3)
