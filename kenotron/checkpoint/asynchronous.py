@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import atexit
 import dataclasses
+import errno
 import os
 import queue
 import threading
@@ -32,7 +33,7 @@ from typing import Any, Literal
 import torch
 
 from kenotron.callbacks_native import Engine, Snapshot
-from kenotron.checkpoint.durable import fsync_directory
+from kenotron.checkpoint.durable import fsync_directory, write_durably
 from kenotron.checkpoint.errors import CheckpointError, SaveFailedError
 from kenotron.checkpoint.format import LocalTensor, ShardLayout, unpublished
 from kenotron.checkpoint.guard import OptimizerGuard
@@ -120,14 +121,27 @@ class PendingSave:
         self._is_settled = threading.Event()
         self._snapshot: Snapshot | None = None
         self._sources: Sources | None = None
+        self._same: PendingSave | None = None
+        self._identity: object = None
+        self._written: tuple[Path, Checksums] | None = None  # the shard's final path, and its checksums
 
     def done(self) -> bool:
         """Tell whether it has come to its end, good or bad."""
         return self._ended.is_set()
 
-    def take(self, engine: Engine, layout: ShardLayout) -> None:
-        """Begin to copy what the layout's entries hold."""
+    def take(self, engine: Engine, layout: ShardLayout, num_fences: int, before: PendingSave | None) -> None:
+        """Begin to copy what the layout's entries hold.
+
+        Args:
+            num_fences: that there have been; between two of them lazy tensors are the same. before: the former save; what it
+                wrote is linked to where all is the same, as when ``ModelCheckpoint(save_last=True)`` saves each checkpoint under two names.
+        """
         sources = Sources(layout.entries)
+        self._identity = None if sources.identity is None else (num_fences, layout.ranges, sources.identity)
+        if before is not None and self._identity is not None and before._identity == self._identity:
+            self._same = before
+            self._is_settled.set()
+            return
         self._snapshot = engine.submit(layout.header, sources.native, sources)
         self._sources = sources
 
@@ -179,6 +193,11 @@ class PendingSave:
 
     def write(self, file: Path, timeout_s: float) -> Checksums:
         """Write the shard durably and return its checksums; on the worker."""
+        sums = self._write_new(file, timeout_s) if self._same is None else _link(self._same, file)
+        self._written = self.path / file.name, sums
+        return sums
+
+    def _write_new(self, file: Path, timeout_s: float) -> Checksums:
         snapshot = self._snapshot
         assert snapshot is not None
         snapshot.attach(str(file))
@@ -197,10 +216,23 @@ class PendingSave:
         if self._snapshot is not None:
             self._snapshot.cancel()  # before the lock, whose holder may be waiting for the snapshot
         with self._settling:
-            self._snapshot = self._sources = None
+            self._snapshot = self._sources = self._same = None
             self._is_settled.set()
         self.stats["durable_s"] = time.perf_counter() - self._began
         self._ended.set()
+
+
+def _link(before: PendingSave, file: Path) -> Checksums:
+    if before._written is None or before.error is not None:
+        raise SaveFailedError(f"it holds the same as {before.path}, which was not saved: {before.error}")
+    shard, sums = before._written
+    try:
+        os.link(shard, file)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
+            raise
+        write_durably(file, shard.read_bytes())
+    return sums
 
 
 class Checkpointer:
@@ -231,6 +263,7 @@ class Checkpointer:
         self._kept: list[Path] = []
         self._not_removed: list[Exception] = []
         self._guard: OptimizerGuard | None = None
+        self._num_fences = 0
         atexit.register(_drain_at_exit, weakref.ref(self))
 
     def guard_optimizers(self) -> OptimizerGuard:
@@ -288,12 +321,13 @@ class Checkpointer:
             if rank == 0:
                 check_replaceable(attempt.path)
             layout = attempt.gather(tensors, state, rank_state, allow_pickle=allow_pickle, is_lazy=is_lazy)
-            pending.take(self._started(), layout)
+            pending.take(self._started(), layout, self._num_fences, self.last)
         except Exception as error:  # the other ranks wait for this one: they are told, and this one raises
             refused = error
             pending.refuse(error)
         else:
-            self._unsettled.append(pending)
+            if not pending.is_settled:
+                self._unsettled.append(pending)
 
         def gathered() -> ShardLayout:
             if refused is not None:
@@ -329,6 +363,7 @@ class Checkpointer:
         Returns:
             The seconds that this took.
         """
+        self._num_fences += 1
         if not self._unsettled:
             return 0.0
         began = time.perf_counter()

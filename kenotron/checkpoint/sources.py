@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
-from kenotron.checkpoint.format import ShardEntry
+from kenotron.callbacks_native import crc32c
+from kenotron.checkpoint.format import ShardEntry, bytes_of
 
 #: So much of what may change at any time is cloned; what is beyond is copied by the engine before ``save`` returns.
 _MAX_CLONED_BYTES = 8 << 20
@@ -18,6 +19,11 @@ NativeSource = tuple[int, list[tuple[int, int]], int, bool, int, int]
 class Sources:
     """The entries of a shard as the engine wants them. Holds their memory.
 
+    Attributes:
+        native: one for each entry.
+        identity: equal to that of other sources which hold the same bytes, unless a fence came between them; None where that
+            cannot be told.
+
     Args:
         entries: in the order of the file.
     """
@@ -25,20 +31,30 @@ class Sources:
     def __init__(self, entries: Sequence[ShardEntry]) -> None:
         self._held: list[torch.Tensor] = []
         self._watched: list[tuple[torch.Tensor, int]] = []
-        num_cloned = 0
         self.native: list[NativeSource] = []
+        identity: list[tuple[object, ...]] | None = []
+        num_cloned = 0
         for entry in entries:
             tensor, is_eager = entry.data, not entry.lazy
+            what: tuple[object, ...] | None = None
             if is_eager and num_cloned + tensor.nbytes <= _MAX_CLONED_BYTES:
                 num_cloned += tensor.nbytes
-                tensor, is_eager = _plain(tensor.clone()), False
+                tensor, is_eager = _plain(tensor.clone(memory_format=torch.contiguous_format)), False
+                if tensor.is_cpu:
+                    what = (entry.key, tensor.dtype, crc32c(bytes_of(tensor)))
             else:
                 plain = _plain(tensor)
                 if plain is tensor and not is_eager and not tensor.is_inference():
                     self._watched.append((tensor, tensor._version))
+                    what = (entry.key, tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr(), tensor._version)
                 tensor = plain
+            if what is None or identity is None:
+                identity = None
+            else:
+                identity.append(what)
             self._held.append(tensor)
             self.native.append(_native(tensor, is_eager))
+        self.identity = identity
 
     def have_changed(self) -> bool:
         """Tell whether torch knows of a change in place. It does not know of all: fused optimizers, ``.data``, NumPy."""

@@ -185,6 +185,51 @@ def test_saves_are_published_and_removed_in_the_order_of_the_calls(make: Any, tm
     assert value_at(tmp_path / "last") == 5.0
 
 
+def test_the_same_state_under_a_second_name_is_linked(make: Any, tmp_path: Path) -> None:
+    checkpointer, weight, buffer = make(), torch.ones(1000), torch.zeros(3)
+    tensors = [LocalTensor.whole("w", weight, lazy=True), LocalTensor.whole("b", buffer)]
+    for index, name in enumerate(["a", "same", "buffer", "weight"]):
+        if name == "buffer":
+            buffer += 1
+        elif name == "weight":
+            checkpointer.fence()
+            weight += 1
+        checkpointer.save(tmp_path / name, tensors, {"name": name}, rank=0, world_size=1, save_id=f"s{index}")
+    checkpointer.wait()
+    shards = {name: next((tmp_path / name).glob("shard-*")) for name in ("a", "same", "buffer", "weight")}
+    assert shards["a"].samefile(shards["same"])
+    assert len({shard.stat().st_ino for shard in shards.values()}) == 3
+    checkpointer.remove(tmp_path / "a")
+    checkpointer.wait()
+    assert load_state(tmp_path / "same") == {"name": "same"}
+    assert value_at(tmp_path / "same") == 1.0
+    assert value_at(tmp_path / "weight") == 2.0
+    assert load_state_dict(tmp_path / "buffer", "")["b"].tolist() == [1.0] * 3
+
+
+def test_after_a_fence_nothing_is_linked_whatever_torch_knows_of_changes(make: Any, tmp_path: Path) -> None:
+    checkpointer, weight = make(), torch.ones(1000)
+    for step in range(2):
+        begin(checkpointer, tmp_path / f"step-{step}", {"w": weight})
+        checkpointer.fence()
+        weight.numpy()[:] = 2.0
+    checkpointer.wait()
+    assert [value_at(tmp_path / f"step-{step}") for step in range(2)] == [1.0, 2.0]
+
+
+def test_what_would_be_linked_to_a_save_that_failed_fails_as_well(make: Any, tmp_path: Path) -> None:
+    checkpointer = make(on_error="warn")
+    (tmp_path / "file").write_text("")
+    tensors = {"w": torch.ones(3)}
+    begin(checkpointer, tmp_path / "file" / "a", tensors)
+    begin(checkpointer, tmp_path / "b", tensors)
+    with pytest.warns(UserWarning, match="holds the same as .*which was not saved"):
+        checkpointer.wait()
+    begin(checkpointer, tmp_path / "c", {"w": torch.zeros(3)})
+    checkpointer.wait()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "file"]
+
+
 def test_the_last_published_checkpoint_is_not_removed_before_there_is_another(make: Any, tmp_path: Path) -> None:
     checkpointer = make(on_error="warn")
     begin(checkpointer, tmp_path / "a", {"w": torch.ones(3)})
