@@ -129,7 +129,7 @@ class StrategyBase(_LightningStrategy):
         return not is_own and not isinstance(getattr(self._checkpoint_io, "checkpointer", None), Checkpointer)
 
     @property
-    def _checkpointer(self) -> Checkpointer:
+    def checkpointer(self) -> Checkpointer:
         """What saves: that of an ``AsyncCheckpointIO`` plugin, or the strategy's own."""
         if self._held_checkpointer is None:
             given = getattr(self._checkpoint_io, "checkpointer", None)

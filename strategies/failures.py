@@ -41,7 +41,12 @@ class Failures(StrategyBase):
 
     def teardown(self) -> None:
         """Leave weights and optimizers where they are: moving shards of a large model off the device helps nobody."""
-        self._finish_saving()
+        try:
+            self._finish_saving()
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
         if self._monitor is not None:
             self._monitor.close()
             self._monitor = None

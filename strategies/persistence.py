@@ -43,7 +43,7 @@ class Persistence(StrategyBase):
         if storage_options is not None:
             raise ValueError("storage_options belong to a CheckpointIO plugin; KenotronStrategy writes files itself.")
         check_path(filepath)
-        checkpointer = self._checkpointer
+        checkpointer = self.checkpointer
         save_training(
             checkpointer,
             checkpoint,
@@ -64,9 +64,9 @@ class Persistence(StrategyBase):
         if self._uses_foreign_io:
             super().remove_checkpoint(filepath)
         elif self.is_global_zero:
-            self._checkpointer.remove(filepath)
-            if not self._checkpointer.is_training:
-                self._checkpointer.wait()
+            self.checkpointer.remove(filepath)
+            if not self.checkpointer.is_training:
+                self.checkpointer.wait()
 
     def _links_to_last(self) -> bool:
         """Whether a callback makes a link to the checkpoint as soon as the call returns: it must not dangle."""

@@ -242,10 +242,10 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             check_path(getattr(callback, "dirpath", None))
 
     def _prepare_checkpoints(self, trainer: Any) -> None:
-        """Clear away what a run that died has left, and have memory ready for the first save."""
-        if self._uses_foreign_io or not trainer.checkpoint_callbacks:
+        """Put a fence before each optimizer step, and clear away what a run that died has left."""
+        if self._uses_foreign_io:
             return
-        self._checkpointer.guard_optimizers()
+        self.checkpointer.guard_optimizers()
         if not self.is_global_zero:
             return
         folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}

@@ -133,8 +133,9 @@ class PendingSave:
         """Begin to copy what the layout's entries hold.
 
         Args:
-            num_fences: that there have been; between two of them lazy tensors are the same. before: the former save; what it
-                wrote is linked to where all is the same, as when ``ModelCheckpoint(save_last=True)`` saves each checkpoint under two names.
+            num_fences: that there have been; between two of them lazy tensors stay the same.
+            before: the former save. Where all is the same, what it wrote is linked to, as when
+                ``ModelCheckpoint(save_last=True)`` saves each checkpoint under two names.
         """
         sources = Sources(layout.entries)
         self._identity = None if sources.identity is None else (num_fences, layout.ranges, sources.identity)
@@ -400,7 +401,7 @@ class Checkpointer:
         """Wait, and stop all threads. The next save starts them again.
 
         Args:
-            others_timeout_s: how much longer to wait for other ranks, where they may be dead.
+            others_timeout_s: where other ranks may be dead: how much longer than this rank needs they may need.
 
         Raises:
             SaveFailedError: as ``wait``.

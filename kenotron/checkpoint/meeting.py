@@ -99,13 +99,16 @@ class Meeting:
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._start = time.monotonic()
-        self._latest = math.inf
+        self._hurried, self._patience_s = 0.0, math.inf
         self._has_reported = False
         self._lock: FolderLock | None = None
 
     def hurry(self, within_s: float) -> None:
-        """Wait no longer than ``within_s`` from now on; from any thread."""
-        self._latest = time.monotonic() + within_s
+        """Some ranks may be dead: once this one has done its part, give the others as long as that took, and ``within_s``.
+
+        From any thread.
+        """
+        self._hurried, self._patience_s = time.monotonic(), within_s
 
     def begin(self) -> None:
         """Make the unpublished directory and say that this rank takes part.
@@ -204,7 +207,8 @@ class Meeting:
         return SaveFailedError(f"saving {self.path} failed on rank {self._rank}: {type(error).__name__}: {error}")
 
     def _wait(self, is_done: Callable[[], bool], within_s: float, who_is_missing: Callable[[], str]) -> None:
-        deadline, pause = self._start + within_s, _SHORTEST_PAUSE_S
+        own_part_s = time.monotonic() - self._start
+        began, deadline, pause = time.monotonic(), self._start + within_s, _SHORTEST_PAUSE_S
         is_extended = False
         while not is_done():
             verdict = self._read_verdict()
@@ -215,11 +219,11 @@ class Meeting:
                     f"another save to the same path has begun, or they were removed"
                 )
             now = time.monotonic()
-            if now >= min(deadline, self._latest):
+            if now >= min(deadline, max(began, self._hurried) + own_part_s + self._patience_s):
                 if verdict != _PUBLISH or is_extended:
                     waited_s = within_s if now >= deadline else now - self._start
                     raise RanksMissingError(f"saving {self.path} was given up after {waited_s:.3g} s: {who_is_missing()}")
-                self._latest = math.inf
+                self._patience_s = math.inf
                 deadline, is_extended = deadline + within_s, True  # all is written and checked: a rename is left
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)

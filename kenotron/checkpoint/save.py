@@ -142,7 +142,7 @@ class SaveAttempt:
         self.num_late_steps = 0
 
     def hurry(self, within_s: float) -> None:
-        """Wait for other ranks no longer than ``within_s`` from now on; from any thread."""
+        """Do not wait for ranks that may be dead much longer than this rank needs: see ``Meeting.hurry``."""
         self._meeting.hurry(within_s)
 
     def gather(

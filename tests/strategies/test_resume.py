@@ -85,7 +85,20 @@ def test_resume_on_the_same_layout_is_bit_for_bit(pool: RankPool, name: str, tmp
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=SLOW)])
 @pytest.mark.parametrize(
     ("first", "second"),
-    [("dp2", "pp2"), ("tp2", "dp2-zero3"), ("tp2-pp2", "one"), ("one", "dp2-pp2"), ("pp2", "dp2-zero0")],
+    [
+        ("dp2", "pp2"),
+        ("tp2", "dp2-zero3"),
+        ("tp2-pp2", "one"),
+        ("one", "dp2-pp2"),
+        ("pp2", "dp2-zero0"),
+        ("dp2-zero3", "tp2-pp2"),
+        ("dp2-pp2", "tp2"),
+        ("dp2-zero0", "dp2-zero3"),
+        ("tp2", "pp2"),
+        ("tp2-pp2", "dp2-pp2"),
+        ("pp2", "dp2"),
+        ("dp2-pp2", "one"),
+    ],
 )
 def test_resume_on_another_layout_continues_the_same_losses(
     pool: RankPool, first: str, second: str, optimizer: str, tmp_path: Path
