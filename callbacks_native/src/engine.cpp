@@ -319,7 +319,11 @@ void Engine::run_copier() {
 }
 
 void Engine::begin(const std::shared_ptr<Job>& job) {
-    copying_.push_back(job);
+    if (job->num_slots() == 0) {
+        job->is_staged = true;  // an empty file
+    } else {
+        copying_.push_back(job);
+    }
     changed_.notify_all();
 }
 

@@ -2,8 +2,11 @@
 // one run shows every failure. The last line of a test file is `int main() { return kenotron::test::run_all(); }`.
 #pragma once
 
+#include <atomic>
+#include <chrono>
 #include <cstddef>
 #include <iostream>
+#include <thread>
 #include <vector>
 
 namespace kenotron::test {
@@ -19,7 +22,7 @@ inline std::vector<Case>& cases() {
     return all;
 }
 
-inline std::size_t num_failures = 0;
+inline std::atomic<std::size_t> num_failures = 0;  // threads of a test check as well
 
 struct Register {
     Register(const char* name, void (*body)()) { cases().push_back({name, body}); }
@@ -36,6 +39,14 @@ void check_equal(const Left& left, const Right& right, const char* file, int lin
     report(file, line, expression);
     std::cerr << std::hex << std::showbase << "    left  " << left << "\n    right " << right << '\n'
               << std::dec << std::noshowbase;
+}
+
+// Whether it does within 20 seconds.
+template <typename Condition>
+bool comes_true(Condition condition) {
+    const auto until = std::chrono::steady_clock::now() + std::chrono::seconds(20);
+    while (!condition() && std::chrono::steady_clock::now() < until) std::this_thread::yield();
+    return condition();
 }
 
 inline int run_all() {

@@ -2,6 +2,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <random>
 #include <span>
 #include <string_view>
 #include <vector>
@@ -92,6 +93,27 @@ TEST(chained_pieces_equal_the_whole) {
         CHECK_EQUAL(crc32c(whole.subspan(cut), crc32c(whole.first(cut))), crc32c(whole));
         CHECK_EQUAL(crc32c_portable(whole.subspan(cut), crc32c_portable(whole.first(cut))), crc32c(whole));
     }
+}
+
+TEST(combined_sums_of_any_pieces_equal_one_pass) {
+    const Bytes bytes = random_bytes(40000);
+    const std::span<const std::byte> whole(bytes);
+    std::minstd_rand random(1);
+    for (int i = 0; i < 300; ++i) {
+        const std::span<const std::byte> part = whole.first(random() % (bytes.size() + 1));
+        std::uint32_t sum = 0;
+        for (std::size_t done = 0; done < part.size();) {
+            const auto piece = part.subspan(done, 1 + random() % (part.size() - done));
+            sum = kenotron::crc32c_combine(sum, crc32c(piece), piece.size());
+            done += piece.size();
+        }
+        CHECK_EQUAL(sum, crc32c(part));
+    }
+}
+
+TEST(combining_with_nothing_changes_nothing) {
+    CHECK_EQUAL(kenotron::crc32c_combine(0xDEADBEEFu, 0, 0), 0xDEADBEEFu);
+    CHECK_EQUAL(kenotron::crc32c_combine(0, 0xDEADBEEFu, 12345), 0xDEADBEEFu);
 }
 
 TEST(an_empty_piece_changes_nothing) { CHECK_EQUAL(crc32c({}, 0xDEADBEEFu), 0xDEADBEEFu); }
