@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from kenotron.checkpoint.boxes import Box, find_flaw, is_inside, whole
+from kenotron.checkpoint.boxes import Box, find_flaw, is_inside
 
 FORMAT = "kenotron-checkpoint"
 VERSION = 1
@@ -185,16 +185,17 @@ class ShardEntry:
     @property
     def key(self) -> str:
         """The name in the safetensors header."""
-        if Box(self.offset, tuple(self.data.shape)) == whole(self.global_shape):
+        if not any(self.offset) and self.data.shape == self.global_shape:
             return self.name
         return f"{self.name}@{','.join(map(str, self.offset))}"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardLayout:
-    """A shard file before its data is read: header, order of the entries and the byte range of each in the file."""
+    """A shard file before its data is read: header, order of the entries, the key and the byte range of each in the file."""
 
     header: bytes
+    keys: tuple[str, ...]
     entries: tuple[ShardEntry, ...]
     ranges: tuple[tuple[int, int], ...]
     num_bytes: int
@@ -219,26 +220,27 @@ def lay_out(entries: Iterable[ShardEntry], metadata: dict[str, str]) -> ShardLay
         ValueError: two entries with one key, a dtype that safetensors does not know, or too long a header.
     """
     ordered = sorted(entries, key=_alignment_class)
-    keys: dict[str, object] = {"__metadata__": metadata}
+    described: dict[str, object] = {"__metadata__": metadata}
     spans, position = [], 0
     for entry in ordered:
-        if entry.key in keys:
-            raise ValueError(f"two tensors would be stored as {entry.key!r}; rename one of them")
-        end = position + entry.data.nbytes
-        keys[entry.key] = {
+        key, end = entry.key, position + entry.data.nbytes
+        if key in described:
+            raise ValueError(f"two tensors would be stored as {key!r}; rename one of them")
+        described[key] = {
             "dtype": dtype_name(entry.data.dtype, entry.name),
             "shape": list(entry.data.shape),
             "data_offsets": [position, end],
         }
         spans.append((position, end))
         position = end
-    text = json.dumps(keys, separators=(",", ":")).encode()
+    text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(f"the shard's header takes {len(text)} bytes; safetensors allows {MAX_HEADER_BYTES}")
     header = len(text).to_bytes(8, "little") + text
     return ShardLayout(
         header=header,
+        keys=tuple(described)[1:],
         entries=tuple(ordered),
         ranges=tuple((begin + len(header), end + len(header)) for begin, end in spans),
         num_bytes=len(header) + position,

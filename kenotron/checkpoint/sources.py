@@ -21,8 +21,8 @@ class Sources:
 
     Attributes:
         native: one for each entry.
-        identity: equal to that of other sources which hold the same bytes, unless a fence came between them; None where that
-            cannot be told.
+        identity: equal to that of sources of the same layout which hold the same bytes, unless a fence came between them;
+            None where that cannot be told.
 
     Args:
         entries: in the order of the file.
@@ -41,12 +41,12 @@ class Sources:
                 num_cloned += tensor.nbytes
                 tensor, is_eager = _plain(tensor.clone(memory_format=torch.contiguous_format)), False
                 if tensor.is_cpu:
-                    what = (entry.key, tensor.dtype, crc32c(bytes_of(tensor)))
+                    what = (tensor.dtype, crc32c(bytes_of(tensor)))
             else:
                 plain = _plain(tensor)
                 if plain is tensor and not is_eager and not tensor.is_inference():
                     self._watched.append((tensor, tensor._version))
-                    what = (entry.key, tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr(), tensor._version)
+                    what = (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr(), tensor._version)
                 tensor = plain
             if what is None or identity is None:
                 identity = None
@@ -78,7 +78,10 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 def _native(tensor: torch.Tensor, is_eager: bool) -> NativeSource:
     size = tensor.itemsize
-    dims = [(extent, stride * size) for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    if tensor.is_contiguous():
+        dims = [(tensor.numel(), size)]
+    else:
+        dims = [(extent, stride * size) for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)]
     if tensor.is_cuda:
         stream = torch.cuda.current_stream(tensor.device)
         return tensor.data_ptr(), dims, size, is_eager, tensor.device.index, stream.cuda_stream
