@@ -184,12 +184,14 @@ Status CudaCopier::begin_copy(int device, std::byte* to, const std::byte* from, 
 }
 
 Status CudaCopier::finish() {
+    Status first;  // where one device fails, others still write to the host
     for (const auto& [device, stream] : streams_) {
         const CudaDriver::Current current(*driver_, device);
-        if (current.status()) return current.status();
-        if (Status failed = driver_->error(driver_->api_->stream_synchronize(stream), "cuStreamSynchronize")) return failed;
+        Status failed = current.status();
+        if (!failed) failed = driver_->error(driver_->api_->stream_synchronize(stream), "cuStreamSynchronize");
+        if (failed && !first) first = std::move(failed);
     }
-    return {};
+    return first;
 }
 
 }  // namespace kenotron

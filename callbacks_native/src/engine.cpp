@@ -44,6 +44,7 @@ struct Snapshot::Job {
     }
     std::vector<Part> cut(std::size_t index) const;
     bool is_settled() const noexcept { return error.has_value() || is_cancelled; }
+    Status end() const { return error || !is_cancelled ? error : Error{ECANCELED, "write", {}}; }
     bool are_samples_alike(double share) const;
 
     // Set once.
@@ -65,7 +66,8 @@ struct Snapshot::Job {
     std::size_t num_copied = 0;
     std::size_t num_eager_copied = 0;
     std::size_t num_written = 0;
-    std::size_t num_active = 0;  // threads that read sources or write the file right now
+    std::size_t num_reading = 0;  // threads that read sources right now
+    std::size_t num_writing = 0;  // threads that create, write or finish the file right now
     std::deque<Filled> filled;
     bool is_attached = false;
     bool is_staged = false;
@@ -144,17 +146,22 @@ Snapshot::~Snapshot() {
 }
 
 Status Snapshot::attach(const std::string& path) {
+    Engine::Lock lock(engine_->mutex_);
+    if (job_->is_settled()) return job_->end();
+    ++job_->num_writing;
+    lock.unlock();
     // Only this thread knows the file before it is attached.
     Status failed = job_->file.create(path, job_->stats.num_bytes, engine_->settings_.direct);
-    const Engine::Lock lock(engine_->mutex_);
-    if (failed) {
-        job_->error = failed;
+    lock.lock();
+    --job_->num_writing;
+    engine_->changed_.notify_all();
+    if (failed && !job_->is_settled()) {
+        job_->error = std::move(failed);
         engine_->settle(*job_);
     }
-    if (job_->is_settled()) return job_->error;
+    if (job_->is_settled()) return job_->end();
     job_->is_attached = true;
     engine_->writing_.push_back(job_);
-    engine_->changed_.notify_all();
     return {};
 }
 
@@ -189,6 +196,14 @@ void Snapshot::restage() {
     // What was filled before is written first: two writers must not race for one place in the file.
     engine_->changed_.wait(lock, [&] { return job.is_settled() || (job.is_staged && job.num_written == job.num_slots()); });
     if (job.is_settled()) return;
+    lock.unlock();
+    Status failed = engine_->use_devices(job);  // which have been given more work since
+    lock.lock();
+    if (failed && !job.is_settled()) {
+        job.error = std::move(failed);
+        engine_->settle(job);
+    }
+    if (job.is_settled()) return;
     job.num_started = job.num_copied = job.num_eager_copied = job.num_written = 0;
     job.is_staged = job.is_torn = false;
     ++job.stats.num_restaged;
@@ -201,12 +216,14 @@ Status Snapshot::finish() {
     Engine::Lock lock(engine_->mutex_);
     Job& job = *job_;
     engine_->changed_.wait(lock, [&] { return job.is_settled() || (job.is_staged && job.num_written == job.num_slots()); });
-    if (job.error) return job.error;
-    if (job.is_cancelled) return Error{ECANCELED, "write", {}};
+    if (job.is_settled()) return job.end();
     job.stats.is_direct = job.file.is_direct();
+    ++job.num_writing;
     lock.unlock();
     Status failed = job.file.finish();
     lock.lock();
+    --job.num_writing;
+    engine_->changed_.notify_all();
     job.error = failed;
     return failed;
 }
@@ -236,7 +253,7 @@ void Snapshot::cancel() {
     Engine::Lock lock(engine_->mutex_);
     job_->is_cancelled = true;
     engine_->settle(*job_);
-    engine_->changed_.wait(lock, [this] { return job_->num_active == 0; });
+    engine_->changed_.wait(lock, [this] { return job_->num_reading + job_->num_writing == 0; });
 }
 
 // ---- The engine -------------------------------------------------------------------------------------------------------
@@ -265,8 +282,11 @@ void Engine::start_threads() {
 }
 
 Engine::~Engine() {
-    if (owner_ != getpid()) {  // in a fork's copy there are no threads to join: forget them
-        static_cast<void>(new std::vector<std::thread>(std::move(threads_)));
+    if (owner_ != getpid()) {
+        // In a fork's copy the threads are not there: joining them, or destroying what they wait on, would wait for them.
+        // All of it is made anew over what it was.
+        for (std::thread& thread : threads_) std::construct_at(&thread);
+        std::construct_at(&changed_);
         return;
     }
     {
@@ -300,8 +320,8 @@ double Engine::fence() {
 template <typename Done>
 void Engine::help_until(Lock& lock, Done done) {
     std::optional<CudaCopier> devices;
-    if (cuda_) devices.emplace(cuda_);
     while (!done()) {
+        if (cuda_ && !devices) devices.emplace(cuda_);  // perhaps by a snapshot that came while this one waited
         if (!copy_one(lock, devices ? &*devices : nullptr)) changed_.wait(lock);
     }
 }
@@ -328,12 +348,14 @@ void Engine::begin(const std::shared_ptr<Job>& job) {
 }
 
 bool Engine::copy_one(Lock& lock, CudaCopier* devices) {
-    const auto next = std::find_if(copying_.begin(), copying_.end(),
-                                   [](const auto& job) { return job->num_started < job->num_slots(); });
+    const auto next = std::find_if(copying_.begin(), copying_.end(), [](const auto& job) {
+        return job->num_started < job->num_slots() && !job->is_settled();
+    });
     if (next == copying_.end()) return false;
     const std::shared_ptr<Job> job = *next;
     std::byte* slot = pool_.try_acquire();
     if (slot == nullptr) {
+        pool_.prepare(pool_.num_claimed() + 1);  // as long as there is more, nobody has to wait for a writer
         if (!job->without_room_since) job->without_room_since = Clock::now();
         return false;
     }
@@ -343,14 +365,11 @@ bool Engine::copy_one(Lock& lock, CudaCopier* devices) {
     }
     const bool is_eager = job->num_started < job->num_eager;
     const std::size_t index = job->order[job->num_started++];
-    ++job->num_active;
+    ++job->num_reading;
     lock.unlock();
     Status failed = fill(*job, index, slot, devices);
     lock.lock();
-    if (failed && !job->is_settled()) {
-        job->error = std::move(failed);
-        settle(*job);
-    }
+    if (failed && !job->is_settled()) job->error = std::move(failed);
     if (job->is_settled()) {
         pool_.release(slot);
     } else {
@@ -361,13 +380,16 @@ bool Engine::copy_one(Lock& lock, CudaCopier* devices) {
             lock.unlock();
             const bool is_alike = job->are_samples_alike(settings_.checked_share);
             lock.lock();
-            job->is_torn = !is_alike;
-            job->is_staged = true;
-            job->stats.staged_s = duration<double>(Clock::now() - job->submitted).count();
-            std::erase(copying_, job);
+            if (!job->is_settled()) {
+                job->is_torn = !is_alike;
+                job->is_staged = true;
+                job->stats.staged_s = duration<double>(Clock::now() - job->submitted).count();
+                std::erase(copying_, job);
+            }
         }
     }
-    --job->num_active;
+    --job->num_reading;
+    if (job->is_settled()) settle(*job);
     changed_.notify_all();
     return true;
 }
@@ -379,24 +401,25 @@ Status Engine::fill(Job& job, std::size_t index, std::byte* slot, CudaCopier* de
         std::memcpy(slot, job.header.data() + begin, std::min(size, job.header.size() - begin));
     }
     auto parts = job.cut(index);
-    bool is_waiting_for_events = true;
+    bool is_on_devices = false;
     for (Job::Part& part : parts) {
         const Source& source = job.sources[part.source];
         if (source.device < 0) {
             part.crc = source.bytes.copy_and_sum(slot + part.at, part.begin, part.size);
             continue;
         }
-        for (const auto& event : job.events) {
-            if (!is_waiting_for_events) break;
-            if (Status failed = devices->wait_for(*event)) return failed;
+        if (!is_on_devices) {
+            for (const auto& event : job.events) {
+                if (Status failed = devices->wait_for(*event)) return failed;
+            }
+            is_on_devices = true;
         }
-        is_waiting_for_events = false;
         if (Status failed = devices->begin_copy(source.device, slot + part.at, source.bytes.data() + part.begin, part.size)) {
             devices->finish();  // what was begun still writes to the slot
             return failed;
         }
     }
-    if (devices != nullptr) {
+    if (is_on_devices) {
         if (Status failed = devices->finish()) return failed;
         for (Job::Part& part : parts) {
             if (job.sources[part.source].device >= 0) part.crc = crc32c({slot + part.at, part.size});
@@ -433,6 +456,7 @@ Status Engine::use_devices(Job& job) {
         cuda_ = driver;
         changed_.notify_all();
     }
+    job.events.clear();
     for (const auto& [device, stream] : streams) {
         job.events.push_back(std::make_unique<CudaDriver::Event>(driver, device));
         if (Status failed = job.events.back()->record(stream)) return failed;
@@ -456,9 +480,9 @@ bool Engine::write_one(Lock& lock) {
     const std::shared_ptr<Job> job = *next;
     const Job::Filled filled = job->filled.front();
     job->filled.pop_front();
-    ++job->num_active;
+    ++job->num_writing;
     Status failed;
-    if (wait_for_bandwidth(lock, job->slot_size(filled.index)) && !job->is_settled()) {
+    if (wait_for_bandwidth(lock, *job, job->slot_size(filled.index))) {
         lock.unlock();
         failed = job->file.write({filled.memory, job->slot_size(filled.index)}, filled.index * settings_.slot_bytes);
         lock.lock();
@@ -471,18 +495,18 @@ bool Engine::write_one(Lock& lock) {
         job->stats.written_s = duration<double>(Clock::now() - job->submitted).count();
         std::erase(writing_, job);
     }
-    --job->num_active;
+    --job->num_writing;
     changed_.notify_all();
     return true;
 }
 
-// Returns at the time at which so many bytes may be written; false where the engine stops first.
-bool Engine::wait_for_bandwidth(Lock& lock, std::size_t num_bytes) {
+// Returns at the time at which so many bytes may be written; false where the snapshot ends first.
+bool Engine::wait_for_bandwidth(Lock& lock, const Job& job, std::size_t num_bytes) {
     if (settings_.max_bytes_per_second <= 0) return true;
     const auto start = std::max(Clock::now(), bandwidth_free_at_);
     const duration<double> length(static_cast<double>(num_bytes) / settings_.max_bytes_per_second);
     bandwidth_free_at_ = start + std::chrono::duration_cast<Clock::duration>(length);
-    return !changed_.wait_until(lock, start, [this] { return is_stopping_; });
+    return !changed_.wait_until(lock, start, [&job] { return job.is_settled(); });
 }
 
 // ---- Ends -------------------------------------------------------------------------------------------------------------
@@ -490,10 +514,12 @@ bool Engine::wait_for_bandwidth(Lock& lock, std::size_t num_bytes) {
 void Engine::settle(Job& job) {
     for (const Job::Filled& filled : job.filled) pool_.release(filled.memory);
     job.filled.clear();
-    job.is_staged = true;
     const auto is_this = [&](const auto& other) { return other.get() == &job; };
-    std::erase_if(copying_, is_this);
     std::erase_if(writing_, is_this);
+    if (job.num_reading == 0) {  // otherwise the last one that reads sources calls again
+        std::erase_if(copying_, is_this);
+        job.is_staged = true;
+    }
     changed_.notify_all();
 }
 

@@ -13,8 +13,9 @@
 // 4. attach: the file is created, which may be long after submit. From here on writers take filled slots.
 // 5. finish: when all is written the file gets its exact size and is made durable.
 //
-// A failure is kept in its snapshot, which frees its slots and counts as staged; other snapshots go on. No thread ever
-// throws or ends the process. All state is behind one mutex, which is held for bookkeeping alone.
+// A failure is kept in its snapshot, which frees its slots and counts as staged once nobody reads its sources any more;
+// other snapshots go on. No thread ever throws or ends the process. All state is behind one mutex, which is held for
+// bookkeeping alone.
 #pragma once
 
 #include <chrono>
@@ -156,7 +157,7 @@ private:
     bool copy_one(Lock& lock, CudaCopier* devices);
     bool write_one(Lock& lock);
     Status fill(Job& job, std::size_t index, std::byte* slot, CudaCopier* devices) const;
-    bool wait_for_bandwidth(Lock& lock, std::size_t num_bytes);
+    bool wait_for_bandwidth(Lock& lock, const Job& job, std::size_t num_bytes);
 
     // With the mutex held.
     void begin(const std::shared_ptr<Job>& job);

@@ -1,0 +1,354 @@
+// What a snapshot becomes. How it ends otherwise is in test_engine_ends.cpp.
+#include "engine.hpp"
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.hpp"
+#include "faults.hpp"
+#include "files.hpp"
+#include "scene.hpp"
+
+using namespace kenotron;
+using namespace kenotron::test;
+using std::chrono::duration;
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+namespace {
+
+constexpr std::size_t kib = 1024;
+
+// Submits, attaches and finishes it, and looks at what came of it.
+void check_round_trip(Engine& engine, Scene& scene, const std::string& path) {
+    const Expected expected = scene.expected();
+    Snapshot snapshot = submit(engine, scene);
+    CHECK_EQUAL(code_of(snapshot.attach(path)), 0);
+    engine.fence();
+    CHECK(snapshot.is_staged());
+    CHECK(!snapshot.is_torn());
+    scene.change();
+    check_finished(snapshot, path, expected);
+    CHECK(are_all_slots_free(engine));
+}
+
+// A snapshot in a pool of one slot, stopped after this slot, which holds parts of an eager source and of a lazy one.
+struct HalfCopied {
+    HalfCopied() { snapshot.wait_eager(); }
+
+    TemporaryFolder folder;
+    std::string path = folder.path("file");
+    Scene scene = std::move(Scene().add(100, true).add(40 * kib).add_view());
+    std::shared_ptr<Engine> engine = make_engine(small_settings(1));
+    Expected before = scene.expected();
+    Snapshot snapshot = submit(*engine, scene);
+};
+
+}  // namespace
+
+TEST(any_snapshots_become_the_files_that_their_sources_make_up) {
+    for (unsigned seed = 1; seed <= 60; ++seed) {
+        Random random(seed);
+        const TemporaryFolder folder;
+        EngineSettings settings = small_settings(1 + below(random, 6), direct_alignment * (1 + below(random, 3)));
+        settings.num_copiers = 1 + static_cast<int>(below(random, 2));
+        settings.num_writers = 1 + static_cast<int>(below(random, 2));
+        settings.direct = below(random, 2) == 0;
+        const auto engine = make_engine(settings);
+        std::vector<Scene> scenes;
+        std::vector<Expected> expected;
+        std::vector<Snapshot> snapshots;
+        for (int i = 0; i < 3; ++i) {
+            scenes.push_back(random_scene(random));
+            expected.push_back(scenes.back().expected());
+            snapshots.push_back(submit(*engine, scenes.back()));
+            if (below(random, 2) == 0) std::this_thread::sleep_for(std::chrono::microseconds(below(random, 500)));
+        }
+        for (std::size_t i = 0; i < 3; ++i) CHECK_EQUAL(code_of(snapshots[i].attach(folder.path(std::to_string(i)))), 0);
+        engine->fence();
+        for (Scene& scene : scenes) scene.change();
+        for (std::size_t i = 0; i < 3; ++i) {
+            CHECK(snapshots[i].is_staged());
+            CHECK(!snapshots[i].is_torn());
+            check_finished(snapshots[i], folder.path(std::to_string(i)), expected[i]);
+        }
+        CHECK(are_all_slots_free(*engine));
+    }
+}
+
+TEST(headers_alone_become_files) {
+    const TemporaryFolder folder;
+    const auto engine = make_engine(small_settings(2));
+    for (const std::size_t size : {1u, 4095u, 4096u, 4097u, 50'000u}) {
+        Scene scene{std::string(size, 'h')};
+        check_round_trip(*engine, scene, folder.path(std::to_string(size)));
+    }
+}
+
+TEST(nothing_at_all_becomes_an_empty_file) {
+    const TemporaryFolder folder;
+    const auto engine = make_engine(small_settings(2));
+    Scene scene{""};
+    check_round_trip(*engine, scene, folder.path("attached"));
+    Snapshot snapshot = submit(*engine, scene);
+    snapshot.wait_eager();
+    snapshot.wait_staged();
+    engine->fence();
+    CHECK_EQUAL(code_of(snapshot.attach(folder.path("late"))), 0);
+    snapshot.restage();
+    check_finished(snapshot, folder.path("late"), scene.expected());
+}
+
+TEST(one_byte_becomes_a_file) {
+    const TemporaryFolder folder;
+    const auto engine = make_engine(small_settings(1));
+    Scene bare{""};
+    bare.add(1);
+    check_round_trip(*engine, bare, folder.path("bare"));
+    Scene eager{""};
+    eager.add(1, true);
+    check_round_trip(*engine, eager, folder.path("eager"));
+}
+
+TEST(thousands_of_tiny_sources_share_slots) {
+    const TemporaryFolder folder;
+    const auto engine = make_engine(small_settings(3));
+    Random random(1);
+    Scene scene;
+    for (int i = 0; i < 5000; ++i) scene.add(1 + below(random, 16), below(random, 1000) == 0);
+    check_round_trip(*engine, scene, folder.path("file"));
+}
+
+TEST(sources_larger_than_the_pool_pass_through_it) {
+    const TemporaryFolder folder;
+    // Slots that do not divide what one sum is kept for.
+    const auto engine = make_engine(small_settings(3, 100 * kib));
+    Scene scene;
+    scene.add(1).add(9'000'001).add(sum_bytes).add(17);
+    check_round_trip(*engine, scene, folder.path("file"));
+}
+
+TEST(a_fence_right_after_submit_is_enough) {
+    const TemporaryFolder folder;
+    const auto engine = make_engine(small_settings(24, 8 * kib));
+    Scene scene;
+    for (int i = 0; i < 24; ++i) scene.add(7 * kib);
+    for (int i = 0; i < 60; ++i) {
+        const std::string path = folder.path(std::to_string(i));
+        const Expected expected = scene.expected();
+        Snapshot snapshot = submit(*engine, scene);
+        engine->fence();
+        scene.change();
+        CHECK(!snapshot.is_torn());
+        CHECK_EQUAL(code_of(snapshot.attach(path)), 0);
+        check_finished(snapshot, path, expected);
+    }
+    CHECK(are_all_slots_free(*engine));
+}
+
+TEST(snapshots_overtake_each_other_without_harm) {
+    const TemporaryFolder folder;
+    const auto engine = make_engine(small_settings(40));
+    Scene scene;
+    scene.add(10 * kib).add_view().add(3);
+    std::vector<Expected> expected;
+    std::vector<Snapshot> snapshots;
+    for (int i = 0; i < 3; ++i) {
+        expected.push_back(scene.expected());
+        snapshots.push_back(submit(*engine, scene));
+        engine->fence();
+        scene.change();
+    }
+    for (std::size_t i = 3; i-- > 0;) {  // the last first
+        const std::string path = folder.path(std::to_string(i));
+        CHECK_EQUAL(code_of(snapshots[i].attach(path)), 0);
+        check_finished(snapshots[i], path, expected[i]);
+    }
+    CHECK(are_all_slots_free(*engine));
+}
+
+// Each of these needs one slot: as long as the pool has more, none must wait until another one gets its file.
+TEST(snapshots_without_files_yet_use_all_of_the_pool) {
+    const TemporaryFolder folder;
+    const auto engine = make_engine(small_settings(4));
+    std::vector<Scene> scenes(4);
+    std::vector<Snapshot> snapshots;
+    for (Scene& scene : scenes) snapshots.push_back(submit(*engine, scene.add(100)));
+    CHECK(comes_true([&] { return snapshots.back().is_staged(); }));
+    CHECK_EQUAL(engine->pool().num_claimed(), 4u);
+    for (std::size_t i = 0; i < 4; ++i) {
+        CHECK_EQUAL(code_of(snapshots[i].attach(folder.path(std::to_string(i)))), 0);
+        check_finished(snapshots[i], folder.path(std::to_string(i)), scenes[i].expected());
+    }
+}
+
+TEST(memory_is_claimed_for_what_was_prepared_and_no_more) {
+    const TemporaryFolder folder;
+    const auto engine = make_engine(small_settings(6));
+    engine->prepare(2 * direct_alignment + 1);
+    CHECK(comes_true([&] { return engine->pool().num_claimed() == 3; }));
+    for (int i = 0; i < 5; ++i) {
+        Scene scene;
+        check_round_trip(*engine, scene.add(2 * direct_alignment), folder.path(std::to_string(i)));
+    }
+    CHECK_EQUAL(engine->pool().num_claimed(), 3u);
+}
+
+// ---- What changes too early ---------------------------------------------------------------------------------------------
+
+TEST(eager_sources_may_change_before_the_rest_is_copied) {
+    HalfCopied half;
+    half.scene.change(0);
+    CHECK_EQUAL(code_of(half.snapshot.attach(half.path)), 0);
+    half.engine->fence();
+    CHECK(!half.snapshot.is_torn());
+    check_finished(half.snapshot, half.path, half.before);
+}
+
+TEST(a_lazy_source_that_changes_before_the_fence_is_found_out) {
+    HalfCopied half;
+    half.scene.change(1);
+    CHECK_EQUAL(code_of(half.snapshot.attach(half.path)), 0);
+    half.engine->fence();
+    CHECK(half.snapshot.is_staged());
+    CHECK(half.snapshot.is_torn());
+    CHECK_EQUAL(code_of(half.snapshot.finish()), 0);
+    CHECK(read_file(half.path) != half.before.file);
+    CHECK(are_all_slots_free(*half.engine));
+}
+
+TEST(a_torn_snapshot_that_is_copied_anew_holds_the_last_values) {
+    HalfCopied half;
+    half.scene.change(1);
+    CHECK_EQUAL(code_of(half.snapshot.attach(half.path)), 0);
+    half.engine->fence();
+    CHECK(half.snapshot.is_torn());
+    for (int i = 1; i <= 3; ++i) {
+        half.scene.change();
+        half.snapshot.restage();
+        CHECK(half.snapshot.is_staged());
+        CHECK(!half.snapshot.is_torn());
+        CHECK_EQUAL(half.snapshot.stats().num_restaged, i);
+    }
+    const Expected last = half.scene.expected();
+    half.scene.change();
+    check_finished(half.snapshot, half.path, last);
+    CHECK(are_all_slots_free(*half.engine));
+}
+
+TEST(copying_anew_waits_for_the_file) {
+    const TemporaryFolder folder;
+    const auto engine = make_engine(small_settings(20));
+    Scene scene;
+    scene.add(50 * kib).add(10, true);
+    for (int i = 0; i < 10; ++i) {
+        const std::string path = folder.path(std::to_string(i));
+        Snapshot snapshot = submit(*engine, scene);
+        if (i % 2 == 0) engine->fence();
+        std::thread other([&] {
+            std::this_thread::sleep_for(milliseconds(i));
+            CHECK_EQUAL(code_of(snapshot.attach(path)), 0);
+        });
+        snapshot.wait_staged();
+        scene.change();
+        snapshot.restage();
+        const Expected expected = scene.expected();
+        scene.change();
+        other.join();
+        check_finished(snapshot, path, expected);
+    }
+    CHECK(are_all_slots_free(*engine));
+}
+
+// ---- Pace ---------------------------------------------------------------------------------------------------------------
+
+TEST(writers_keep_to_the_limit_of_bandwidth) {
+    const TemporaryFolder folder;
+    EngineSettings settings = small_settings(4, 16 * kib);
+    settings.max_bytes_per_second = 1 << 20;
+    const auto engine = make_engine(settings);
+    Scene scene{""};
+    scene.add(256 * kib);
+    const auto start = steady_clock::now();
+    check_round_trip(*engine, scene, folder.path("file"));
+    // The last of sixteen slots may begin when the others have had their time: 15/64 s.
+    CHECK(steady_clock::now() - start >= milliseconds(234));
+}
+
+TEST(stats_tell_what_happened) {
+    const TemporaryFolder folder;
+    const auto engine = make_engine(small_settings(1));
+    Scene scene;
+    scene.add(20 * kib);
+    const auto start = steady_clock::now();
+    Snapshot snapshot = submit(*engine, scene);
+    CHECK(comes_true([&] { return engine->pool().num_claimed() == 1 && engine->pool().num_free() == 0; }));
+    std::this_thread::sleep_for(milliseconds(30));
+    CHECK_EQUAL(code_of(snapshot.attach(folder.path("file"))), 0);
+    check_finished(snapshot, folder.path("file"), scene.expected());
+    const double elapsed = duration<double>(steady_clock::now() - start).count();
+    const SnapshotStats stats = snapshot.stats();
+    CHECK(stats.staged_s >= 0.03 && stats.staged_s <= elapsed);
+    CHECK(stats.written_s >= 0.03 && stats.written_s <= elapsed);
+    CHECK(stats.waited_for_room_s > 0 && stats.waited_for_room_s <= elapsed);
+    CHECK_EQUAL(stats.num_restaged, 0);
+    CHECK_EQUAL(engine->fence() >= 0, true);
+}
+
+TEST(a_fence_tells_how_long_it_waited) {
+    const TemporaryFolder folder;
+    const auto engine = make_engine(small_settings(1));
+    Scene scene;
+    Snapshot snapshot = submit(*engine, scene.add(20 * kib));
+    std::thread other([&] {
+        std::this_thread::sleep_for(milliseconds(30));
+        CHECK_EQUAL(code_of(snapshot.attach(folder.path("file"))), 0);
+    });
+    const auto start = steady_clock::now();
+    const double waited = engine->fence();
+    CHECK(waited > 0 && waited <= duration<double>(steady_clock::now() - start).count());
+    other.join();
+    CHECK_EQUAL(code_of(snapshot.finish()), 0);
+}
+
+TEST(many_threads_use_one_engine) {
+    const TemporaryFolder folder;
+    EngineSettings settings = small_settings(5, 8 * kib);
+    settings.num_copiers = 2;
+    const auto engine = make_engine(settings);
+    std::atomic<int> num_left{3};
+    std::vector<std::thread> threads;
+    for (int k = 0; k < 3; ++k) {
+        threads.emplace_back([&, k] {
+            Random random(static_cast<unsigned>(k));
+            for (int i = 0; i < 10; ++i) {
+                const std::string path = folder.path(std::to_string(k) + "-" + std::to_string(i));
+                Scene scene = random_scene(random);
+                const Expected expected = scene.expected();
+                Snapshot snapshot = submit(*engine, scene);
+                CHECK_EQUAL(code_of(snapshot.attach(path)), 0);
+                snapshot.wait_eager();
+                engine->fence();
+                scene.change();
+                CHECK(snapshot.is_staged());
+                CHECK(!snapshot.is_torn());
+                check_finished(snapshot, path, expected);
+            }
+            --num_left;
+        });
+    }
+    threads.emplace_back([&] {
+        while (num_left > 0) {
+            engine->fence();
+            std::this_thread::yield();
+        }
+    });
+    for (std::thread& thread : threads) thread.join();
+    CHECK(are_all_slots_free(*engine));
+}
+
+int main() { return kenotron::test::run_all(); }
