@@ -293,6 +293,8 @@ def _check_tensor(name: str, tensor: StoredTensor) -> None:
             raise ValueError(f"a piece of {name} at {piece.offset} is not {num_bytes} bytes long")
         if len(piece.crc32c) != -(-num_bytes // CHUNK_BYTES):
             raise ValueError(f"a piece of {name} at {piece.offset} has {len(piece.crc32c)} checksums")
+        if min(piece.crc32c) < 0 or max(piece.crc32c) >= 2**32:
+            raise ValueError(f"a piece of {name} at {piece.offset} has a checksum that is none")
     flaw = find_flaw([piece.box for piece in tensor.pieces], tensor.shape)
     if flaw is not None:
         raise ValueError(f"element {flaw[0]} of {name} is stored {flaw[1]} times")
