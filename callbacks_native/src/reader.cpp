@@ -37,10 +37,13 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr std::uint64_t alignment = direct_alignment;
 constexpr std::uint64_t probe_bytes = 1 << 20;
 constexpr std::uint64_t probe_pollution_bytes = 16 << 10;  // what a probe that misses was seen to bring into the cache
 constexpr auto time_between_questions = std::chrono::milliseconds(100);
+
+// Where the block that a byte lies in begins, and where the first one at or behind it does.
+constexpr std::uint64_t block_of(std::uint64_t position) { return position / direct_alignment * direct_alignment; }
+constexpr std::uint64_t round_up(std::uint64_t position) { return block_of(position + direct_alignment - 1); }
 
 // ---- Files ----------------------------------------------------------------------------------------------------------
 
@@ -100,14 +103,14 @@ public:
     // its first byte is that of the block in which `begin` lies.
     Outcome read(std::uint64_t begin, std::uint64_t end, std::byte* buffer) const {
         if (!buffered_.is_open()) return {0, buffered_.code(), false};
-        const std::uint64_t block = begin / alignment * alignment;
+        const std::uint64_t block = block_of(begin);
         std::uint64_t position = begin;
         bool cached = false;
         if (direct_ && direct_->is_open()) {
             const std::optional<std::uint64_t> missing = first_missing(begin, end);
             cached = !missing;
             if (missing) {
-                const std::uint64_t length = (end - block + alignment - 1) / alignment * alignment;
+                const std::uint64_t length = round_up(end) - block;
                 const Outcome outcome = read_direct(block, length, buffer);
                 forget(*missing);
                 if (outcome.code != 0) return outcome;
@@ -146,8 +149,8 @@ private:
     // themselves have brought there.
     void forget(std::uint64_t at) const {
 #ifdef POSIX_FADV_DONTNEED
-        ::posix_fadvise(buffered_.number(), static_cast<off_t>(at / alignment * alignment), probe_pollution_bytes,
-                        POSIX_FADV_DONTNEED);
+        const auto block = static_cast<off_t>(block_of(at));
+        ::posix_fadvise(buffered_.number(), block, probe_pollution_bytes, POSIX_FADV_DONTNEED);
 #else
         static_cast<void>(at);
 #endif
@@ -157,7 +160,7 @@ private:
     // system wants another alignment) is for a buffered read, which also tells the end of the file from a short read.
     Outcome read_direct(std::uint64_t block, std::uint64_t length, std::byte* buffer) const {
         std::uint64_t done = 0;
-        while (done < length && done % alignment == 0) {
+        while (done < length && done % direct_alignment == 0) {
             const ssize_t count = direct_->read(buffer + done, length - done, block + done);
             if (count < 0 && errno != EINVAL) return {done, errno, false};
             if (count <= 0) break;
@@ -288,8 +291,7 @@ using Buffer = std::unique_ptr<std::byte, Free>;
 // Room for all aligned blocks that the largest window can touch; null where there is no memory for it.
 Buffer make_buffer(const ReadOptions& options) {
     const std::uint64_t longest = std::max(options.window_bytes, options.chunk_bytes);
-    const std::uint64_t room = (longest + alignment - 1) / alignment * alignment + alignment;
-    return Buffer(static_cast<std::byte*>(std::aligned_alloc(alignment, room)));
+    return Buffer(static_cast<std::byte*>(std::aligned_alloc(direct_alignment, round_up(longest) + direct_alignment)));
 }
 
 class Reader {
@@ -344,8 +346,8 @@ private:
         }
         for (const Chunk& chunk : window.chunks) {
             const std::uint64_t length = chunk.end - chunk.begin;
-            const std::uint64_t block = window.begin / alignment * alignment;
-            const std::span<const std::byte> bytes(buffer + (chunk.file_begin() - block), length);
+            const std::byte* const first = buffer + (chunk.file_begin() - block_of(window.begin));
+            const std::span<const std::byte> bytes(first, length);
             if (crc32c(bytes) != chunk.wanted->piece->checksums[chunk.begin / options_.chunk_bytes]) {
                 report(ReadErrorKind::checksum, 0, window, chunk, chunk.file_begin(), length);
                 if (options_.stop_at_first_error) return;
