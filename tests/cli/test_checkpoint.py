@@ -176,16 +176,18 @@ def test_ages_are_in_the_largest_unit_that_there_are_two_of() -> None:
 # ---- The program ----------------------------------------------------------------------------------------------------
 
 
+def run(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
 def test_it_runs_as_a_program_and_as_a_module(path: Path) -> None:
-    for program in ([str(Path(sys.executable).with_name("kenotron"))], [sys.executable, "-m", "kenotron.cli"]):
-        done = subprocess.run([*program, "checkpoint", "verify", str(path)], capture_output=True, text=True, check=False)
-        assert done.returncode == 0, done.stderr
-        done = subprocess.run([*program, "checkpoint", "ls", "nowhere"], capture_output=True, text=True, check=False)
-        assert done.returncode == 2
-        assert done.stderr == "nowhere is not a checkpoint: no manifest.json of the format 'kenotron-checkpoint' in it\n"
+    done = run(str(Path(sys.executable).with_name("kenotron")), "checkpoint", "verify", str(path))
+    assert done.returncode == 0, done.stderr
+    done = run(sys.executable, "-m", "kenotron.cli", "checkpoint", "ls", "nowhere")
+    assert done.returncode == 2
+    assert done.stderr == "nowhere is not a checkpoint: no manifest.json of the format 'kenotron-checkpoint' in it\n"
 
 
 def test_help_imports_nothing_heavy() -> None:
     code = "import sys, kenotron.cli; print([m for m in ('torch', 'rich', 'numpy') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stdout.strip() == "[]"
+    assert run(sys.executable, "-c", code).stdout.strip() == "[]"
