@@ -1,5 +1,6 @@
+import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from typing_extensions import Buffer
 
@@ -79,3 +80,107 @@ class Snapshot:
     def is_staged(self) -> bool: ...
     @property
     def is_torn(self) -> bool: ...
+
+class PieceToRead:
+    """A row-major array in a file, and the boxes that are wanted of it; without any, all of it is checked.
+
+    Args:
+        file: index among the files.
+        begin: its first byte in the file.
+        num_bytes: how many it has.
+        checksums: the CRC-32C of each chunk, counted from `begin`; the last one may be shorter.
+        item_bytes: the size of an element.
+        shape: its extents.
+    """
+
+    def __init__(
+        self,
+        *,
+        file: int,
+        begin: int,
+        num_bytes: int,
+        checksums: Sequence[int],
+        item_bytes: int,
+        shape: Sequence[int],
+    ) -> None: ...
+    def add_target(self, *, offset: Sequence[int], shape: Sequence[int], address: int, strides: Sequence[int]) -> None:
+        """Ask for a box of it.
+
+        Args:
+            offset: where the box begins in the piece. shape: its extents.
+            address: where its first element goes. Memory that stays valid until it was read, and that no other box shares.
+            strides: the distances at the destination, in bytes, of any sign.
+        """
+
+class ReadError:
+    """What was wrong, and where."""
+
+    @property
+    def kind(self) -> Literal["io", "cut", "checksum"]:
+        """`io`: the system refused, with `code`. `cut`: the file ends too early. `checksum`: a chunk is not what it was."""
+
+    @property
+    def code(self) -> int:
+        """The errno, 0 unless `io`."""
+
+    @property
+    def path(self) -> str:
+        """The file, empty where there was no memory to begin with any."""
+
+    @property
+    def piece(self) -> int:
+        """The index of the piece, of several that were read at once the first one's."""
+
+    @property
+    def offset(self) -> int:
+        """Where in the file: the chunk, what could not be read, or the end of a file that was cut."""
+
+    @property
+    def length(self) -> int:
+        """How many bytes from `offset` on could not be had."""
+
+class ReadResult:
+    """What reading came to."""
+
+    @property
+    def errors(self) -> list[ReadError]:
+        """At most one, or all, in the order of the files."""
+
+    @property
+    def num_bytes(self) -> int:
+        """How many bytes were read, what lay between the wanted ones included."""
+
+    @property
+    def cached_bytes(self) -> int:
+        """How many of these were in the page cache."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it took."""
+
+def read_pieces(
+    files: Sequence[str | bytes | os.PathLike[str]],
+    pieces: Sequence[PieceToRead],
+    *,
+    chunk_bytes: int,
+    num_threads: int = 0,
+    direct: bool = True,
+    stop_at_first_error: bool = True,
+) -> ReadResult:
+    """Fill the destinations of all pieces, checking every chunk before a byte of it is used.
+
+    Reads with several threads of its own, past the page cache where it does not hold the bytes, and lets other Python
+    threads run. After an error some destinations are filled and others are not.
+
+    Args:
+        files: the paths.
+        pieces: what to read of them, in any order. The caller keeps the destinations alive.
+        chunk_bytes: how many bytes have one checksum.
+        num_threads: 0 for as many as there are processors, but 2 to 4.
+        direct: False reads through the page cache only.
+        stop_at_first_error: False goes on and reports all errors.
+
+    Raises:
+        ValueError: a piece contradicts itself.
+        KeyboardInterrupt: or what else a signal handler raises meanwhile.
+    """

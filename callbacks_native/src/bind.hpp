@@ -10,6 +10,7 @@
 namespace kenotron {
 
 void bind_engine(nanobind::module_& module);
+void bind_reader(nanobind::module_& module);
 
 // Raise an `OSError` with the error's number, text and file. With the GIL held.
 [[noreturn]] inline void raise(const Error& error) {

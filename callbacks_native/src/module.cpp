@@ -48,4 +48,5 @@ NB_MODULE(_engine, module) {
                "Return the CRC-32C of a contiguous buffer, continuing from `seed`, the CRC-32C of what precedes it.");
     module.def("version", [] { return KENOTRON_VERSION; }, "Return the version of Kénotron that this was built from.");
     kenotron::bind_engine(module);
+    kenotron::bind_reader(module);
 }

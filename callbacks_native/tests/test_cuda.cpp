@@ -323,6 +323,7 @@ TEST(every_call_that_fails_is_named_and_ends_its_snapshot_alone) {
                                        "cuEventRecord", "cuStreamCreate", "cuStreamWaitEvent", "cuMemcpyDtoHAsync",
                                        "cuStreamSynchronize"}) {
         for (const auto& [num_good, num_bad] : {std::pair{0, always}, {1, 1}, {2, 1}, {5, 1}}) {
+            if (function == "cuCtxPushCurrent" && num_good > 0) continue;  // nor could one wait for copies under way
             {
                 const std::string path = folder.path(std::to_string(name++));
                 const auto engine = make_engine(settings_with(FAKE_CUDA, 3));

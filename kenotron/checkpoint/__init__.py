@@ -27,6 +27,7 @@ from kenotron.checkpoint.load import load_into, load_rank_state, load_state, loa
 from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, is_checkpoint, read_manifest
 from kenotron.checkpoint.meeting import remove_leftovers
 from kenotron.checkpoint.save import save
+from kenotron.checkpoint.verify import Damage, FileReport, VerifyReport, verify
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
 
 __all__ = [
@@ -34,9 +35,11 @@ __all__ = [
     "Checkpointer",
     "ChecksumError",
     "CoverageError",
+    "Damage",
     "DtypeMismatchError",
     "EngineSettings",
     "FileMissingError",
+    "FileReport",
     "FileSizeError",
     "LocalTensor",
     "Manifest",
@@ -58,6 +61,7 @@ __all__ = [
     "TensorMissingError",
     "UnpicklingError",
     "UnsafeFileNameError",
+    "VerifyReport",
     "VersionTooNewError",
     "is_checkpoint",
     "load_into",
@@ -67,4 +71,5 @@ __all__ = [
     "read_manifest",
     "remove_leftovers",
     "save",
+    "verify",
 ]

@@ -158,6 +158,11 @@ def box_of(tensor: torch.Tensor, box: Box) -> torch.Tensor:
     return view
 
 
+def entry_key(name: str, global_shape: tuple[int, ...], box: Box) -> str:
+    """Return the name that a box of the tensor ``name`` has in a safetensors header."""
+    return name if box.shape == global_shape and not any(box.offset) else f"{name}@{','.join(map(str, box.offset))}"
+
+
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the elements in row-major order as bytes: the tensor's own memory if contiguous and on the CPU."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
@@ -185,9 +190,7 @@ class ShardEntry:
     @property
     def key(self) -> str:
         """The name in the safetensors header."""
-        if not any(self.offset) and self.data.shape == self.global_shape:
-            return self.name
-        return f"{self.name}@{','.join(map(str, self.offset))}"
+        return entry_key(self.name, self.global_shape, Box(self.offset, tuple(self.data.shape)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,21 +2,20 @@
 
 1. Read the manifest and check it (``manifest.py``).
 2. Intersect the boxes that are wanted with the boxes that are stored; nothing is known or asked of the old layout.
-3. File by file, in the order of their bytes, read the chunks in which wanted bytes lie, check their sums, copy.
+3. Hand those boxes, with the memory that they go to, to the native reader, which reads the chunks in which wanted bytes
+   lie, checks their sums and copies. What it cannot write to itself is copied from a staging buffer that it fills.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
-from kenotron.callbacks_native import crc32c
+from kenotron.callbacks_native import PieceToRead, ReadError, read_pieces
 from kenotron.checkpoint.boxes import Box, intersect
 from kenotron.checkpoint.errors import (
     ChecksumError,
@@ -27,14 +26,16 @@ from kenotron.checkpoint.errors import (
     ShapeMismatchError,
     TensorMissingError,
 )
-from kenotron.checkpoint.format import CHUNK_BYTES, RESERVED_PREFIXES, LocalTensor, box_of, bytes_of
+from kenotron.checkpoint.format import CHUNK_BYTES, RESERVED_PREFIXES, LocalTensor, box_of
 from kenotron.checkpoint.manifest import Manifest, StoredPiece, check_file_size, read_manifest
 from kenotron.checkpoint.values import decode
 
 Source = str | os.PathLike[str] | Manifest
 
-#: What is neither contiguous nor on the CPU is read in parts of about so many bytes and copied from there.
-_STAGING_BYTES = 64 << 20
+#: What is not on the CPU, or not as it is stored, is read in parts of at most so many bytes and copied from there.
+_STAGING_BYTES = 256 << 20
+#: Where parts begin in the staging buffer: at a multiple of any item's size.
+_STAGING_ALIGNMENT = 64
 
 
 def load_into(source: Source, tensors: Sequence[LocalTensor], *, strict: bool = True, cast: bool = False) -> list[str]:
@@ -53,11 +54,12 @@ def load_into(source: Source, tensors: Sequence[LocalTensor], *, strict: bool = 
         MismatchError: tensors are missing or have another shape or dtype; the text lists all of them. When all are of
             one kind it is a TensorMissingError, ShapeMismatchError or DtypeMismatchError. Nothing was filled.
         CheckpointError: the checkpoint is damaged (see ``read_manifest``; ChecksumError). What was filled is undefined.
+        OSError: the device or the file system failed.
     """
     manifest = _manifest_of(source)
     _raise_mismatches(manifest, _mismatches(manifest, tensors, strict=strict, cast=cast))
     missing = [tensor.name for tensor in tensors if tensor.name not in manifest.tensors]
-    _run(manifest, [part for tensor in tensors if tensor.name in manifest.tensors for part in _plan(manifest, tensor)])
+    _fill(manifest, [part for tensor in tensors if tensor.name in manifest.tensors for part in _plan(manifest, tensor)])
     return missing
 
 
@@ -200,108 +202,119 @@ def _plan(manifest: Manifest, tensor: LocalTensor) -> Iterator[_Part]:
             )
 
 
-def _run(manifest: Manifest, parts: list[_Part]) -> None:
-    """Fill the targets, going through each file once from its beginning to its end."""
-    parts.sort(key=lambda part: (part.piece.file, part.piece.begin))
-    for file, group in itertools.groupby(parts, key=lambda part: part.piece.file):
+def _fill(manifest: Manifest, parts: Iterable[_Part]) -> None:
+    in_place: list[_Part] = []
+    others: list[_Part] = []
+    for part in parts:
+        (in_place if _can_be_filled_in_place(part) else others).append(part)
+    _read(manifest, in_place)
+    others.sort(key=lambda part: (part.piece.file, part.piece.begin))
+    small = [cut for part in others for cut in _split(part)]
+    staging = torch.empty(min(_STAGING_BYTES, sum(map(_staged_bytes, small))), dtype=torch.uint8)
+    for batch in _batches(small):
+        staged = _stage(batch, staging)
+        _read(manifest, staged)
+        for part, copy in zip(batch, staged, strict=True):
+            part.target.copy_(copy.target)
+
+
+def _read(manifest: Manifest, parts: Sequence[_Part]) -> None:
+    """Fill targets that are plain memory; raise what is wrong with the files."""
+    files = {file: index for index, file in enumerate(dict.fromkeys(part.piece.file for part in parts))}
+    for file in files:
         check_file_size(manifest.path / file, manifest.files[file])
-        reader = _Reader(manifest.path / file)
-        try:
-            for part in group:
-                reader.fill(part)
-        finally:
-            reader.close()
+    pieces: dict[tuple[str, int], PieceToRead] = {}  # of two boxes of one piece each chunk is still read once
+    names = []
+    for part in parts:
+        key = (part.piece.file, part.piece.begin)
+        if key not in pieces:
+            pieces[key] = piece_to_read(part.piece, part.dtype.itemsize, files[part.piece.file])
+            names.append(part.name)
+        strides = [stride * part.dtype.itemsize for stride in part.target.stride()]
+        pieces[key].add_target(offset=part.box.offset, shape=part.box.shape, address=part.target.data_ptr(), strides=strides)
+    result = read_pieces([manifest.path / file for file in files], list(pieces.values()), chunk_bytes=CHUNK_BYTES)
+    for error in result.errors:
+        raise exception_of(error, names[error.piece])
 
 
-class _Reader:
-    """Reads boxes out of one shard."""
+def piece_to_read(piece: StoredPiece, item_bytes: int, file: int) -> PieceToRead:
+    """Return a stored piece as the native reader takes it, with nothing wanted of it yet.
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        self._staging = torch.empty(0, dtype=torch.uint8)
-
-    def close(self) -> None:
-        """Let go of the file."""
-        os.close(self._descriptor)
-
-    def fill(self, part: _Part) -> None:
-        """Copy a box of a piece to its target."""
-        piece, target = part.piece, part.target
-        if part.box.shape == piece.shape and target.dtype == part.dtype and _is_plain_memory(target):
-            self._read(part, piece.begin, bytes_of(target))  # into place: nothing to copy
-            return
-        strides = _strides(piece.shape)
-        for box in _split(part.box, strides, part.dtype.itemsize):
-            within = tuple(at - start for at, start in zip(box.offset, part.box.offset, strict=True))
-            box_of(target, Box(within, box.shape)).copy_(self._read_box(part, box, strides))
-
-    def _read_box(self, part: _Part, box: Box, strides: tuple[int, ...]) -> torch.Tensor:
-        """Return a box of the piece as a view of the staging buffer, valid until the next call."""
-        size = part.dtype.itemsize
-        first = sum(at * stride for at, stride in zip(box.offset, strides, strict=True))
-        last = first + sum((extent - 1) * stride for extent, stride in zip(box.shape, strides, strict=True))
-        # Whole chunks: only they have a checksum.
-        begin = first * size // CHUNK_BYTES * CHUNK_BYTES
-        end = min(-(-(last + 1) * size // CHUNK_BYTES) * CHUNK_BYTES, part.piece.end - part.piece.begin)
-        if self._staging.numel() < end - begin:
-            self._staging = torch.empty(end - begin, dtype=torch.uint8)
-        data = self._staging[: end - begin]
-        self._read(part, part.piece.begin + begin, bytes_of(data))
-        return data.view(part.dtype).as_strided(box.shape, strides, first - begin // size)
-
-    def _read(self, part: _Part, position: int, into: memoryview) -> None:
-        """Fill ``into`` from a position in the file at which a chunk of the piece begins, checking every chunk."""
-        first = (position - part.piece.begin) // CHUNK_BYTES
-        for index, start in enumerate(range(0, len(into), CHUNK_BYTES)):
-            chunk = into[start : start + CHUNK_BYTES]
-            self._read_bytes(position + start, chunk)
-            if crc32c(chunk) != part.piece.crc32c[first + index]:
-                raise ChecksumError(
-                    f"{self._path} is damaged: of the tensor {part.name} the bytes from {position + start} to "
-                    f"{position + start + len(chunk)} do not have their checksum; load another checkpoint"
-                )
-
-    def _read_bytes(self, position: int, into: memoryview) -> None:
-        while into:
-            num_read = os.preadv(self._descriptor, [into], position)
-            if num_read == 0:
-                raise FileSizeError(f"{self._path} ends at byte {position}; it has been cut since it was opened")
-            into, position = into[num_read:], position + num_read
-
-
-def _is_plain_memory(tensor: torch.Tensor) -> bool:
-    """Tell whether ``bytes_of`` returns the memory of the tensor itself."""
-    return tensor.is_cpu and tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
-
-
-def _strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Return the row-major strides of ``shape``, in elements."""
-    strides = [1]
-    for extent in reversed(shape[1:]):
-        strides.append(strides[-1] * extent)
-    return tuple(reversed(strides))[: len(shape)]
-
-
-def _split(box: Box, strides: tuple[int, ...], itemsize: int, dim: int = 0) -> Iterator[Box]:
-    """Cut a box into boxes that each span few enough bytes to be staged.
-
-    Rows that lie a chunk or more apart are read one by one, so that the chunks between them are not read at all.
+    Args:
+        piece: what is stored.
+        item_bytes: the size of an element.
+        file: the index of its file among those that are read.
     """
-    if dim == len(box.shape):
-        yield box
+    return PieceToRead(
+        file=file,
+        begin=piece.begin,
+        num_bytes=piece.end - piece.begin,
+        checksums=piece.crc32c,
+        item_bytes=item_bytes,
+        shape=piece.shape,
+    )
+
+
+def exception_of(error: ReadError, name: str) -> Exception:
+    """Return what the native reader found as an exception, for a piece of the tensor ``name``."""
+    if error.kind == "io":
+        return OSError(error.code, os.strerror(error.code), error.path)
+    if error.kind == "cut":
+        return FileSizeError(f"{error.path} ends at byte {error.offset}; it has been cut since it was opened")
+    return ChecksumError(
+        f"{error.path} is damaged: of the tensor {name} the bytes from {error.offset} to {error.offset + error.length} "
+        f"do not have their checksum; load another checkpoint"
+    )
+
+
+def _can_be_filled_in_place(part: _Part) -> bool:
+    """Tell whether the target's memory takes the stored bytes as they are, each element at a place of its own."""
+    target = part.target
+    is_plain = target.is_cpu and target.dtype == part.dtype and not target.is_conj() and not target.is_neg()
+    return is_plain and all(stride or extent == 1 for stride, extent in zip(target.stride(), target.shape, strict=True))
+
+
+def _split(part: _Part, dim: int = 0) -> Iterator[_Part]:
+    """Cut a part into parts that each fit into the staging buffer."""
+    num_bytes = part.box.volume * part.dtype.itemsize
+    if num_bytes <= _STAGING_BYTES:
+        yield part
         return
-    row_bytes = strides[dim] * itemsize
-    last = sum((extent - 1) * stride for extent, stride in zip(box.shape[dim + 1 :], strides[dim + 1 :], strict=True))
-    if row_bytes - (last + 1) * itemsize >= CHUNK_BYTES:
-        num_rows = 1
-    else:
-        num_rows = min(box.shape[dim], max(1, _STAGING_BYTES // row_bytes))
-    for start in range(0, box.shape[dim], num_rows):
-        extent = min(num_rows, box.shape[dim] - start)
-        offset = (*box.offset[:dim], box.offset[dim] + start, *box.offset[dim + 1 :])
-        part = Box(offset, (*box.shape[:dim], extent, *box.shape[dim + 1 :]))
-        if extent == 1:
-            yield from _split(part, strides, itemsize, dim + 1)
-        else:
-            yield part
+    num_rows = max(1, _STAGING_BYTES * part.box.shape[dim] // num_bytes)
+    for start in range(0, part.box.shape[dim], num_rows):
+        yield from _split(_rows(part, dim, start, min(num_rows, part.box.shape[dim] - start)), dim + 1)
+
+
+def _rows(part: _Part, dim: int, start: int, extent: int) -> _Part:
+    offset, shape = list(part.box.offset), list(part.box.shape)
+    offset[dim] += start
+    shape[dim] = extent
+    return replace(part, box=Box(tuple(offset), tuple(shape)), target=part.target.narrow(dim, start, extent))
+
+
+def _batches(parts: Iterable[_Part]) -> Iterator[list[_Part]]:
+    """Yield as many parts at a time as fit into the staging buffer."""
+    batch: list[_Part] = []
+    num_bytes = 0
+    for part in parts:
+        if batch and num_bytes + _staged_bytes(part) > _STAGING_BYTES:
+            yield batch
+            batch, num_bytes = [], 0
+        batch.append(part)
+        num_bytes += _staged_bytes(part)
+    if batch:
+        yield batch
+
+
+def _stage(parts: Sequence[_Part], staging: torch.Tensor) -> list[_Part]:
+    """Return the parts with targets in the staging buffer, contiguous and with the dtype that is stored."""
+    staged, begin = [], 0
+    for part in parts:
+        memory = staging[begin : begin + part.box.volume * part.dtype.itemsize]
+        staged.append(replace(part, target=memory.view(part.dtype).view(part.box.shape)))
+        begin += _staged_bytes(part)
+    return staged
+
+
+def _staged_bytes(part: _Part) -> int:
+    return -(-part.box.volume * part.dtype.itemsize // _STAGING_ALIGNMENT) * _STAGING_ALIGNMENT

@@ -19,7 +19,7 @@ import pathlib
 import pickle
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -104,6 +104,35 @@ def decode(
         return decoder.decode(node)
     except (AttributeError, IndexError, KeyError, OverflowError, RecursionError, TypeError, ValueError) as error:
         raise ManifestDamagedError(f"the state is not one that was encoded: {type(error).__name__}: {error}") from error
+
+
+class StoredPickle(NamedTuple):
+    """A pickle that an encoded structure refers to: its file, what type it holds, and the CRC-32C of the file."""
+
+    file: str
+    type: str
+    crc32c: int
+
+
+def pickles_in(node: Any) -> Iterator[StoredPickle]:
+    """Yield the pickles that a node refers to, in no particular order, without loading any.
+
+    Raises:
+        ManifestDamagedError: the node is nothing that ``encode`` returns.
+    """
+    nodes = [node]
+    while nodes:
+        current = nodes.pop()
+        if isinstance(current, list):
+            nodes += current
+        elif isinstance(current, dict) and "$pickle" not in current:
+            nodes += current.values()
+        elif isinstance(current, dict):
+            try:
+                content = current["$pickle"]
+                yield StoredPickle(content["file"], content["type"], content["crc32c"])
+            except (KeyError, TypeError) as error:
+                raise ManifestDamagedError(f"the state is not one that was encoded: {current!r:.80}") from error
 
 
 class _Encoder:

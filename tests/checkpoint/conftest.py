@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import uuid
 from collections.abc import Sequence
@@ -45,7 +46,8 @@ def save_on_ranks() -> SaveOnRanks:
 @pytest.fixture
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
     """Checksums for every 64 bytes and a staging buffer of 256, so that small tensors take every path; returns 64."""
-    for module in (load, manifest, writer):
-        monkeypatch.setattr(f"{module.__name__}.CHUNK_BYTES", 64)
-    monkeypatch.setattr("kenotron.checkpoint.load._STAGING_BYTES", 256)
+    verify = sys.modules["kenotron.checkpoint.verify"]  # as an attribute of the package it is the function
+    for module in (load, manifest, verify, writer):
+        monkeypatch.setattr(module, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(load, "_STAGING_BYTES", 256)
     return 64

@@ -3,10 +3,12 @@ from __future__ import annotations
 import os
 import random
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from checkpoint_helpers import SaveOnRanks, flip_bit, forge, holding, rows, tiles, whole
@@ -132,30 +134,136 @@ def test_tensors_on_a_gpu_are_saved_and_filled(tmp_path: Path) -> None:
     assert torch.equal(stepped.cpu(), FULL.t())
 
 
-def test_only_chunks_that_hold_wanted_bytes_are_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_chunks: int
-) -> None:
-    full = torch.arange(8 * 64, dtype=torch.float32).reshape(8, 64)  # a row is four chunks
+def strided(shape: tuple[int, ...], dtype: torch.dtype, generator: random.Random) -> torch.Tensor:
+    """Zeros whose dimensions lie in memory in any order, with gaps between their elements or without."""
+    order = list(range(len(shape)))
+    generator.shuffle(order)
+    steps = [generator.choice((1, 1, 2, 3)) for _ in shape]
+    memory = torch.zeros([shape[dim] * steps[dim] for dim in order], dtype=torch.uint8).to(dtype)
+    view = memory.permute([order.index(dim) for dim in range(len(shape))])
+    return view[tuple(slice(None, None, step) for step in steps)]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_box_loads_into_memory_of_any_strides_as_numpy_cuts_it(tmp_path: Path, small_chunks: int, seed: int) -> None:
+    generator = random.Random(seed)
+    shape = tuple(generator.randrange(1, 10) for _ in range(generator.randrange(1, 5)))
+    array = np.random.default_rng(seed).integers(0, 100, shape).astype(generator.choice(["u1", "i2", "f4", "f8", "c8"]))
+    save_alone(tmp_path / "a", *pieces_of("w", torch.from_numpy(array), tiles(shape, 5, generator)))
+    given = []
+    for _ in range(5):
+        offset = tuple(generator.randrange(size) for size in shape)
+        box = Box(offset, tuple(generator.randrange(size - at + 1) for size, at in zip(shape, offset, strict=True)))
+        target = strided(box.shape, torch.from_numpy(array).dtype, generator)
+        piece = Piece(local=(0,) * len(shape), offset=box.offset, shape=box.shape)
+        given.append(LocalTensor(name="w", tensor=target, global_shape=shape, pieces=(piece,), owners=(0,)))
+    load_into(tmp_path / "a", given)
+    for held in given:
+        (piece,) = held.pieces
+        cut = tuple(slice(at, at + extent) for at, extent in zip(piece.offset, piece.shape, strict=True))
+        np.testing.assert_array_equal(held.tensor.numpy(), array[cut])
+
+
+def pieces_of(name: str, full: torch.Tensor, boxes: list[Box]) -> list[LocalTensor]:
+    """One tensor that is stored in the pieces ``boxes``."""
+    zeros = Box((0,) * full.ndim, tuple(full.shape))
+    return [holding(name, full, zeros, boxes, (0,))]
+
+
+def test_shards_of_columns_load_on_more_and_on_fewer_ranks(tmp_path: Path, save_on_ranks: SaveOnRanks) -> None:
+    full = torch.arange(300 * 4096, dtype=torch.float32).reshape(300, 4096)  # 4.9 MB: more than a chunk
+
+    def columns(count: int) -> list[LocalTensor]:
+        width = 4096 // count
+        boxes = [Box((0, start), (300, width)) for start in range(0, 4096, width)]
+        return [holding("w", full, box, [Box((0, 0), box.shape)], (rank,)) for rank, box in enumerate(boxes)]
+
+    assert save_on_ranks(tmp_path / "a", [[held] for held in columns(2)]) == [None] * 2
+    for count in (1, 4):
+        for wanted in columns(count):
+            given = blank(wanted)
+            load_into(tmp_path / "a", [given])
+            assert torch.equal(given.tensor, wanted.tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
+def test_every_dtype_loads_into_place_into_strides_and_by_way_of_another_dtype(tmp_path: Path, dtype: torch.dtype) -> None:
+    full = torch.randint(0, 2, (6, 5), dtype=torch.uint8).to(dtype)
     save_alone(tmp_path / "a", whole("w", full))
-    read: list[tuple[int, int]] = []
-    preadv = os.preadv
+    assert bytes_of(load_state_dict(tmp_path / "a", "")["w"]) == bytes_of(full)
+    transposed = torch.zeros(5, 6, dtype=torch.uint8).to(dtype).t()
+    load_into(tmp_path / "a", [whole("w", transposed)])
+    assert bytes_of(transposed) == bytes_of(full)
+    other = torch.zeros(6, 5, dtype=torch.complex64 if dtype.is_complex else torch.float64)
+    load_into(tmp_path / "a", [whole("w", other)], cast=True)
+    assert torch.equal(other, full.to(other.dtype))
 
-    def watched(descriptor: int, buffers: list[memoryview], position: int) -> int:
-        read.append((position, len(buffers[0])))
-        return preadv(descriptor, buffers, position)
 
-    monkeypatch.setattr("kenotron.checkpoint.load.os.preadv", watched)
-    data = 4096
-    for box, expected in [
-        (Box((2, 0), (1, 64)), [data + 2 * 256 + i * 64 for i in range(4)]),  # a row
-        (Box((0, 17), (8, 8)), [data + row * 256 + 64 for row in range(8)]),  # columns inside one chunk of each row
-        (Box((3, 5), (1, 1)), [data + 3 * 256]),  # an element
+def test_thousands_of_tiny_tensors_load(tmp_path: Path) -> None:
+    full = {f"model/{i}": torch.full((1 + i % 5,), i, dtype=torch.int32) for i in range(3000)}
+    save_alone(tmp_path / "a", *(whole(name, tensor) for name, tensor in full.items()))
+    found = load_state_dict(tmp_path / "a", "")
+    assert all(torch.equal(found[name], tensor) for name, tensor in full.items())
+
+
+def test_views_that_conjugate_or_negate_are_filled_through_a_staging_buffer(tmp_path: Path, small_chunks: int) -> None:
+    full = torch.randn(9, 20, dtype=torch.complex64)  # more than the buffer of 256 bytes
+    save_alone(tmp_path / "a", whole("w", full), whole("v", full.imag.contiguous()))
+    conjugate, negative = torch.zeros(9, 20, dtype=torch.complex64).conj(), torch.zeros(9, 20, dtype=torch.complex64).conj()
+    assert conjugate.is_conj()
+    assert negative.imag.is_neg()
+    load_into(tmp_path / "a", [whole("w", conjugate), whole("v", negative.imag)])
+    assert torch.equal(conjugate, full)
+    assert torch.equal(negative.imag, full.imag)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (33,), (5, 9, 7), (1, 200), (200, 1), (3, 100)])
+def test_what_is_larger_than_the_staging_buffer_is_cast_in_parts(
+    tmp_path: Path, small_chunks: int, shape: tuple[int, ...]
+) -> None:
+    full = torch.randint(0, 100, shape).double()
+    save_alone(tmp_path / "a", whole("w", full), whole("v", FULL))
+    given, other = torch.zeros(shape), torch.zeros(10, 4, dtype=torch.float16)
+    load_into(tmp_path / "a", [whole("w", given), whole("v", other)], cast=True)
+    assert torch.equal(given, full.float())
+    assert torch.equal(other, FULL.half())
+
+
+def test_memory_that_two_elements_share_is_refused(tmp_path: Path) -> None:
+    save_alone(tmp_path / "a", whole("w", FULL))
+    with pytest.raises(RuntimeError, match="single memory location"):
+        load_into(tmp_path / "a", [whole("w", torch.zeros(4).expand(10, 4))])
+
+
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="needs a tmpfs")
+def test_checkpoints_in_memory_load() -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        save_alone(Path(folder) / "a", whole("model/w", FULL))
+        assert torch.equal(load_state_dict(Path(folder) / "a")["w"], FULL)
+
+
+def test_only_chunks_that_hold_wanted_bytes_are_read(tmp_path: Path, small_chunks: int) -> None:
+    full = torch.arange(8 * 64, dtype=torch.float32).reshape(8, 64)  # a row is four chunks
+    shard = save_alone(tmp_path / "a", whole("w", full)) / SHARD
+    good = shard.read_bytes()
+    chunks = set(range(4096, 4096 + full.nbytes, 64))
+    for box, used in [
+        (Box((2, 0), (1, 64)), {4096 + 2 * 256 + i * 64 for i in range(4)}),  # a row
+        (Box((0, 17), (8, 8)), {4096 + row * 256 + 64 for row in range(8)}),  # columns inside one chunk of each row
+        (Box((3, 5), (1, 1)), {4096 + 3 * 256}),  # an element
+        (Box((3, 5), (0, 1)), set()),
     ]:
-        read.clear()
         given = blank(holding("w", full, box, [Box((0, 0), box.shape)], (0,)))
-        load_into(tmp_path / "a", [given])
+        for chunk in chunks - used:
+            flip_bit(shard, chunk + 7)
+        load_into(tmp_path / "a", [given])  # nobody has noticed
         assert torch.equal(given.tensor, full[box.offset[0] :, box.offset[1] :][: box.shape[0], : box.shape[1]])
-        assert sorted(read) == [(position, 64) for position in expected]
+        for chunk in used:
+            shard.write_bytes(good)
+            flip_bit(shard, chunk + 63)
+            with pytest.raises(ChecksumError, match=f"of the tensor w the bytes from {chunk} to {chunk + 64}"):
+                load_into(tmp_path / "a", [given])
+        shard.write_bytes(good)
 
 
 # ---- What does not match --------------------------------------------------------------------------------------------
@@ -269,6 +377,24 @@ def test_a_file_that_is_cut_lengthened_or_gone_is_named(tmp_path: Path) -> None:
             load_state_dict(source)
 
 
+def test_a_file_that_is_cut_while_it_is_read_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = save_alone(tmp_path / "a", whole("model/w", FULL))
+    manifest = read_manifest(path)
+    monkeypatch.setattr("kenotron.checkpoint.load.check_file_size", lambda file, num_bytes: None)
+    os.truncate(path / SHARD, 4100)
+    with pytest.raises(FileSizeError, match=rf"{SHARD} ends at byte 4100; it has been cut since it was opened"):
+        load_state_dict(manifest)
+
+
+def test_what_the_system_refuses_is_an_os_error_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = read_manifest(save_alone(tmp_path / "a", whole("model/w", FULL)))
+    monkeypatch.setattr("kenotron.checkpoint.load.check_file_size", lambda file, num_bytes: None)
+    (tmp_path / "a" / SHARD).unlink()
+    with pytest.raises(FileNotFoundError) as caught:
+        load_state_dict(manifest)
+    assert caught.value.filename == str(tmp_path / "a" / SHARD)
+
+
 def test_what_is_no_checkpoint_is_told(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     (tmp_path / "foreign").mkdir()
@@ -320,6 +446,8 @@ PIECE = ("tensors", "model/w", "pieces", 0)
         (set_at(*PIECE, "bytes", value=[10**9, 10**9 + 160]), ManifestDamagedError),
         (set_at(*PIECE, "crc32c", value=[]), ManifestDamagedError),
         (set_at(*PIECE, "crc32c", value=["1"]), ManifestDamagedError),
+        (set_at(*PIECE, "crc32c", value=[-1]), ManifestDamagedError),
+        (set_at(*PIECE, "crc32c", value=[2**32]), ManifestDamagedError),
         (set_at(*PIECE, "shape", value=[10**15, 4]), ManifestDamagedError),
         (set_at(*PIECE, "offset", value=[1, 0]), ManifestDamagedError),
         (set_at(*PIECE, "offset", value=[0]), ManifestDamagedError),
