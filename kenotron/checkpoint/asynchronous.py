@@ -123,7 +123,7 @@ class PendingSave:
         self._sources: Sources | None = None
         self._same: PendingSave | None = None
         self._identity: object = None
-        self._written: tuple[Path, Checksums] | None = None  # the shard's final path, and its checksums
+        self._written: tuple[Path, Checksums, str] | None = None  # the shard's final path, its checksums, who wrote it
 
     def done(self) -> bool:
         """Tell whether it has come to its end, good or bad."""
@@ -194,8 +194,12 @@ class PendingSave:
 
     def write(self, file: Path, timeout_s: float) -> Checksums:
         """Write the shard durably and return its checksums; on the worker."""
-        sums = self._write_new(file, timeout_s) if self._same is None else _link(self._same, file)
-        self._written = self.path / file.name, sums
+        if self._same is None:
+            sums, origin = self._write_new(file, timeout_s), self.attempt.save_id
+        else:
+            sums, origin = _link(self._same, file)
+            self.attempt.origin = origin
+        self._written = self.path / file.name, sums, origin
         return sums
 
     def _write_new(self, file: Path, timeout_s: float) -> Checksums:
@@ -223,17 +227,17 @@ class PendingSave:
         self._ended.set()
 
 
-def _link(before: PendingSave, file: Path) -> Checksums:
+def _link(before: PendingSave, file: Path) -> tuple[Checksums, str]:
     if before._written is None or before.error is not None:
         raise SaveFailedError(f"it holds the same as {before.path}, which was not saved: {before.error}")
-    shard, sums = before._written
+    shard, sums, origin = before._written
     try:
         os.link(shard, file)
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
             raise
         write_durably(file, shard.read_bytes())
-    return sums
+    return sums, origin
 
 
 class Checkpointer:

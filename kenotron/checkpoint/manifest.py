@@ -125,6 +125,7 @@ class Manifest:
         state: the encoded shared state (``values.decode``).
         rank_states: the encoded state of each rank, None where it had none.
         aliases: further names of stored tensors (tied weights) -> the name that they are stored under.
+        origins: shards that are linked to those of another checkpoint -> the ``save_id`` that their headers hold.
     """
 
     path: Path
@@ -135,6 +136,7 @@ class Manifest:
     state: Any
     rank_states: tuple[Any, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """Return the content of ``manifest.json``, which ends in the checksum of all that precedes it."""
@@ -149,6 +151,7 @@ class Manifest:
                 "state": self.state,
                 "rank_states": self.rank_states,
                 "aliases": self.aliases,
+                **({"origins": self.origins} if self.origins else {}),
             },
             separators=(",", ":"),
             allow_nan=False,
@@ -249,6 +252,7 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
             state=node["state"],
             rank_states=tuple(node["rank_states"]),
             aliases={_text(name): _text(stored) for name, stored in node.get("aliases", {}).items()},
+            origins={_text(file): _text(save_id) for file, save_id in node.get("origins", {}).items()},
         )
         _check(manifest)
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -265,6 +269,8 @@ def _check(manifest: Manifest) -> None:
     for name, stored in manifest.aliases.items():
         if stored not in manifest.tensors or name in manifest.tensors:
             raise ValueError(f"{name!r} is an alias of {stored!r}, of which just the second must be stored")
+    if not manifest.origins.keys() <= manifest.files.keys():
+        raise ValueError(f"origins of files that are not listed: {manifest.origins!r:.200}")
     if len(manifest.rank_states) != manifest.world_size:
         raise ValueError(f"{len(manifest.rank_states)} rank states for a world of {manifest.world_size}")
     for name, tensor in manifest.tensors.items():

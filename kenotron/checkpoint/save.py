@@ -113,6 +113,7 @@ class SaveAttempt:
     Attributes:
         num_late_steps: optimizer steps that were made between the call and what was copied; the same on all ranks, or the
             parts do not belong together.
+        origin: the ``save_id`` of the save that wrote the shard, if it is a link to that one's.
     """
 
     def __init__(
@@ -128,7 +129,7 @@ class SaveAttempt:
     ) -> None:
         self.path = Path(os.path.abspath(path))
         _check_arguments(self.path, rank, world_size, save_id)
-        self._rank, self._world_size, self._save_id = rank, world_size, save_id
+        self._rank, self._world_size, self.save_id = rank, world_size, save_id
         self._aliases = aliases or {}
         self._part = _Part(rank=rank, world_size=world_size, save_id=save_id)
         self._meeting = Meeting(
@@ -140,6 +141,7 @@ class SaveAttempt:
             start_timeout_s=start_timeout_s,
         )
         self.num_late_steps = 0
+        self.origin: str | None = None
 
     def hurry(self, within_s: float) -> None:
         """Do not wait for ranks that may be dead much longer than this rank needs: see ``Meeting.hurry``."""
@@ -187,9 +189,10 @@ class SaveAttempt:
             meeting.wait_for_start()
             layout = gather()
             report = self._part.write(meeting.folder, layout, write)
-            meeting.report(report | {"late_steps": self.num_late_steps})
+            origins = {} if self.origin is None else {self._part.shard: self.origin}
+            meeting.report(report | {"late_steps": self.num_late_steps, "origins": origins})
             if self._rank == 0:
-                return _publish(meeting, self._save_id, self._world_size, self._aliases)
+                return _publish(meeting, self.save_id, self._world_size, self._aliases)
             meeting.wait_for_publication()
             fsync_directory(self.path.parent)
             return None
@@ -208,14 +211,14 @@ class _Part:
     def __init__(self, *, rank: int, world_size: int, save_id: str) -> None:
         self._rank = rank
         self._metadata = {"format": "pt", "save_id": save_id}  # transformers insists on the first
-        self._shard = f"shard-{rank + 1:05d}-of-{world_size:05d}.safetensors"
+        self.shard = f"shard-{rank + 1:05d}-of-{world_size:05d}.safetensors"
         self._pickles: dict[str, bytes] = {}
         self._report: dict[str, Any] = {"tensors": {}}
 
     @property
     def files(self) -> list[str]:
         """The files that it writes."""
-        return [self._shard, *self._pickles]
+        return [self.shard, *self._pickles]
 
     def gather(
         self,
@@ -255,10 +258,10 @@ class _Part:
 
     def write(self, folder: Path, layout: ShardLayout, write: Callable[[Path, ShardLayout], Checksums]) -> dict[str, Any]:
         """Write the files durably and return the report."""
-        checksums = write(folder / self._shard, layout)
+        checksums = write(folder / self.shard, layout)
         for entry, (begin, end), crcs in zip(layout.entries, layout.ranges, checksums, strict=True):
             piece = StoredPiece(
-                file=self._shard,
+                file=self.shard,
                 begin=begin,
                 end=end,
                 offset=entry.offset,
@@ -269,7 +272,7 @@ class _Part:
         for name, data in self._pickles.items():
             write_durably(folder / name, data)
         sizes = {name: len(data) for name, data in self._pickles.items()}
-        return self._report | {"files": {self._shard: layout.num_bytes} | sizes}
+        return self._report | {"files": {self.shard: layout.num_bytes} | sizes}
 
 
 def _entries_of(tensor: LocalTensor) -> list[ShardEntry]:
@@ -299,6 +302,7 @@ def _publish(meeting: Meeting, save_id: str, world_size: int, aliases: Mapping[s
         world_size=world_size,
         files={name: size for report in reports for name, size in report["files"].items()},
         tensors=tensors,
+        origins={file: save_id for report in reports for file, save_id in report["origins"].items()},
         aliases={name: stored for name, stored in aliases.items() if stored in tensors and name not in tensors},
         state=reports[0]["state"],
         rank_states=tuple(report["rank_state"] for report in reports),

@@ -157,7 +157,10 @@ def _verify_shard(manifest: Manifest, file: str, entries: list[_Entry]) -> FileR
     problems = _problems_with_size(manifest, file)
     if not path.exists():
         return FileReport(name=file, num_bytes=0, seconds=0.0, damages=tuple(problems))
-    told = [*_problems_with_header(path, manifest.save_id, entries), *([] if problems else _problems_with_opening(path))]
+    told = [
+        *_problems_with_header(path, manifest.origins.get(file, manifest.save_id), entries),
+        *([] if problems else _problems_with_opening(path)),
+    ]
     problems += [Damage(file=file, problem=problem) for problem in told]
     pieces = [piece_to_read(entry.piece, entry.tensor.dtype.itemsize, 0) for entry in entries]
     result = read_pieces([path], pieces, chunk_bytes=CHUNK_BYTES, stop_at_first_error=False)

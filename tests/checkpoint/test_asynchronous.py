@@ -24,8 +24,10 @@ from kenotron.checkpoint import (
     is_checkpoint,
     load_state,
     load_state_dict,
+    read_manifest,
     remove_leftovers,
     save,
+    verify,
 )
 
 #: So little that a save of a megabyte lasts half a second.
@@ -198,6 +200,8 @@ def test_the_same_state_under_a_second_name_is_linked(make: Any, tmp_path: Path)
     checkpointer.wait()
     shards = {name: next((tmp_path / name).glob("shard-*")) for name in ("a", "same", "buffer", "weight")}
     assert shards["a"].samefile(shards["same"])
+    assert verify(tmp_path / "same").is_whole
+    assert read_manifest(tmp_path / "same").origins == {shards["a"].name: "s0"}
     assert len({shard.stat().st_ino for shard in shards.values()}) == 3
     checkpointer.remove(tmp_path / "a")
     checkpointer.wait()
