@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -107,6 +109,8 @@ class LocalTensor:
     def __post_init__(self) -> None:
         check_is_plain(self.tensor, self.name)
         local_shape = tuple(self.tensor.shape)
+        if len(self.pieces) == 1 and self.pieces[0] == _only_piece(local_shape) and local_shape == self.global_shape:
+            return
         for piece in self.pieces:
             if not is_inside(Box(piece.offset, piece.shape), self.global_shape):
                 raise ValueError(f"{self.name}: {piece} does not lie inside the global shape {self.global_shape}")
@@ -123,9 +127,14 @@ class LocalTensor:
     def whole(name: str, tensor: torch.Tensor, owners: tuple[int, ...] = (0,), *, lazy: bool = False) -> LocalTensor:
         """Return ``tensor`` as the whole of the global tensor ``name``."""
         shape = tuple(tensor.shape)
-        zeros = (0,) * len(shape)
-        piece = Piece(local=zeros, offset=zeros, shape=shape)
-        return LocalTensor(name=name, tensor=tensor, global_shape=shape, pieces=(piece,), owners=owners, lazy=lazy)
+        return LocalTensor(name=name, tensor=tensor, global_shape=shape, pieces=(_only_piece(shape),), owners=owners, lazy=lazy)
+
+
+@functools.lru_cache(maxsize=1024)
+def _only_piece(shape: tuple[int, ...]) -> Piece:
+    """Return the piece that is the whole of a tensor: a model has few shapes and many tensors."""
+    zeros = (0,) * len(shape)
+    return Piece(local=zeros, offset=zeros, shape=shape)
 
 
 def check_is_plain(tensor: torch.Tensor, name: str) -> None:
@@ -222,35 +231,59 @@ def lay_out(entries: Iterable[ShardEntry], metadata: dict[str, str]) -> ShardLay
     Raises:
         ValueError: two entries with one key, a dtype that safetensors does not know, or too long a header.
     """
-    ordered = sorted(entries, key=_alignment_class)
-    described: dict[str, object] = {"__metadata__": metadata}
-    spans, position = [], 0
-    for entry in ordered:
-        key, end = entry.key, position + entry.data.nbytes
-        if key in described:
-            raise ValueError(f"two tensors would be stored as {key!r}; rename one of them")
-        described[key] = {
-            "dtype": dtype_name(entry.data.dtype, entry.name),
-            "shape": list(entry.data.shape),
-            "data_offsets": [position, end],
-        }
-        spans.append((position, end))
-        position = end
-    text = json.dumps(described, separators=(",", ":")).encode()
+    given = list(entries)
+    plan = _plan(
+        tuple((entry.name, entry.global_shape, entry.offset, entry.data.dtype, tuple(entry.data.shape)) for entry in given)
+    )
+    text = f'{{"__metadata__":{json.dumps(metadata, separators=(",", ":"))}{plan.description}}}'.encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(f"the shard's header takes {len(text)} bytes; safetensors allows {MAX_HEADER_BYTES}")
     header = len(text).to_bytes(8, "little") + text
     return ShardLayout(
         header=header,
-        keys=tuple(described)[1:],
-        entries=tuple(ordered),
-        ranges=tuple((begin + len(header), end + len(header)) for begin, end in spans),
-        num_bytes=len(header) + position,
+        keys=plan.keys,
+        entries=tuple(given[index] for index in plan.order),
+        ranges=tuple((begin + len(header), end + len(header)) for begin, end in plan.spans),
+        num_bytes=len(header) + plan.num_bytes,
     )
 
 
-def _alignment_class(entry: ShardEntry) -> tuple[int, int]:
-    num_bytes = entry.data.nbytes
+#: name, global shape, offset, dtype and shape of an entry
+_Described = tuple[str, tuple[int, ...], tuple[int, ...], torch.dtype, tuple[int, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What of a layout stays the same from save to save. ``description``: the header's entries, after a comma."""
+
+    order: tuple[int, ...]
+    keys: tuple[str, ...]
+    spans: tuple[tuple[int, int], ...]
+    description: str
+    num_bytes: int
+
+
+@functools.lru_cache(maxsize=8)  # a model does not change, and saves are made again and again
+def _plan(entries: tuple[_Described, ...]) -> _Plan:
+    sizes = [math.prod(shape) * dtype.itemsize for _, _, _, dtype, shape in entries]
+    order = sorted(range(len(entries)), key=lambda index: _alignment_class(sizes[index], entries[index][3].itemsize))
+    described: dict[str, object] = {}
+    spans, position = [], 0
+    for index in order:
+        name, global_shape, offset, dtype, shape = entries[index]
+        key, end = entry_key(name, global_shape, Box(offset, shape)), position + sizes[index]
+        if key in described or key == "__metadata__":
+            raise ValueError(f"two tensors would be stored as {key!r}; rename one of them")
+        described[key] = {"dtype": dtype_name(dtype, name), "shape": list(shape), "data_offsets": [position, end]}
+        spans.append((position, end))
+        position = end
+    text = json.dumps(described, separators=(",", ":"))[1:-1]
+    return _Plan(
+        order=tuple(order), keys=tuple(described), spans=tuple(spans), description=text and f",{text}", num_bytes=position
+    )
+
+
+def _alignment_class(num_bytes: int, item_bytes: int) -> tuple[int, int]:
     group = 0 if num_bytes % ALIGNMENT == 0 else 1 if num_bytes % 64 == 0 else 2
-    return group, -entry.data.itemsize if group == 2 else 0
+    return group, -item_bytes if group == 2 else 0

@@ -281,7 +281,9 @@ def _entries_of(tensor: LocalTensor) -> list[ShardEntry]:
             name=tensor.name,
             global_shape=tensor.global_shape,
             offset=piece.offset,
-            data=box_of(tensor.tensor, Box(piece.local, piece.shape)),
+            data=tensor.tensor.detach()
+            if piece.shape == tensor.tensor.shape
+            else box_of(tensor.tensor, Box(piece.local, piece.shape)),
             lazy=tensor.lazy,
         )
         for piece in tensor.pieces
