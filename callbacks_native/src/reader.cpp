@@ -10,6 +10,7 @@
 #include "reader.hpp"
 
 #include <fcntl.h>
+#include <sys/mman.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
@@ -37,13 +38,16 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr std::uint64_t huge_page_bytes = 2 << 20;
 constexpr std::uint64_t probe_bytes = 1 << 20;
 constexpr std::uint64_t probe_pollution_bytes = 16 << 10;  // what a probe that misses was seen to bring into the cache
 constexpr auto time_between_questions = std::chrono::milliseconds(100);
 
 // Where the block that a byte lies in begins, and where the first one at or behind it does.
 constexpr std::uint64_t block_of(std::uint64_t position) { return position / direct_alignment * direct_alignment; }
-constexpr std::uint64_t round_up(std::uint64_t position) { return block_of(position + direct_alignment - 1); }
+constexpr std::uint64_t round_up(std::uint64_t position, std::uint64_t unit = direct_alignment) {
+    return (position + unit - 1) / unit * unit;
+}
 
 // ---- Files ----------------------------------------------------------------------------------------------------------
 
@@ -289,9 +293,17 @@ struct Free {
 using Buffer = std::unique_ptr<std::byte, Free>;
 
 // Room for all aligned blocks that the largest window can touch; null where there is no memory for it.
+//
+// In huge pages: a device is given a buffer page by page, and with small ones a cold read takes half as long again
+// (0.8 GB through virtio: 1.1 s, and 0.7 s with huge ones).
 Buffer make_buffer(const ReadOptions& options) {
     const std::uint64_t longest = std::max(options.window_bytes, options.chunk_bytes);
-    return Buffer(static_cast<std::byte*>(std::aligned_alloc(direct_alignment, round_up(longest) + direct_alignment)));
+    const std::uint64_t room = round_up(longest + direct_alignment, huge_page_bytes);
+    Buffer buffer(static_cast<std::byte*>(std::aligned_alloc(huge_page_bytes, room)));
+#ifdef MADV_HUGEPAGE
+    if (buffer) ::madvise(buffer.get(), room, MADV_HUGEPAGE);
+#endif
+    return buffer;
 }
 
 class Reader {
