@@ -44,6 +44,8 @@ struct Snapshot::Job {
     }
     std::vector<Part> cut(std::size_t index) const;
     bool is_settled() const noexcept { return error.has_value() || is_cancelled; }
+    // Nobody reads its sources, and nothing is left to write.
+    bool is_at_rest() const noexcept { return is_staged && (is_settled() || num_written == num_slots()); }
     Status end() const { return error || !is_cancelled ? error : Error{ECANCELED, "write", {}}; }
     bool are_samples_alike(double share) const;
 
@@ -194,7 +196,7 @@ void Snapshot::restage() {
     Engine::Lock lock(engine_->mutex_);
     Job& job = *job_;
     // What was filled before is written first: two writers must not race for one place in the file.
-    engine_->changed_.wait(lock, [&] { return job.is_settled() || (job.is_staged && job.num_written == job.num_slots()); });
+    engine_->changed_.wait(lock, [&] { return job.is_at_rest(); });
     if (job.is_settled()) return;
     lock.unlock();
     Status failed = engine_->use_devices(job);  // which have been given more work since
@@ -215,7 +217,7 @@ void Snapshot::restage() {
 Status Snapshot::finish() {
     Engine::Lock lock(engine_->mutex_);
     Job& job = *job_;
-    engine_->changed_.wait(lock, [&] { return job.is_settled() || (job.is_staged && job.num_written == job.num_slots()); });
+    engine_->changed_.wait(lock, [&] { return job.is_at_rest(); });
     if (job.is_settled()) return job.end();
     job.stats.is_direct = job.file.is_direct();
     ++job.num_writing;

@@ -32,7 +32,7 @@ public:
 
     Scene& add(std::size_t size, bool is_eager = false) {
         memory_.push_back(random_bytes(size, random_));
-        return add({memory_.back().data(), {{size, 1}}, 1}, is_eager);
+        return add({memory_.back().data(), {}, size}, is_eager);
     }
     Scene& add_view(bool is_eager = false) {
         memory_.push_back(random_bytes(view_bytes, random_));
@@ -54,7 +54,7 @@ public:
             found.file.insert(found.file.end(), bytes.begin(), bytes.end());
             auto& sums = found.sums.emplace_back();
             for (std::size_t at = 0; at < bytes.size(); at += sum_bytes) {
-                sums.push_back(crc32c_portable(std::span(bytes).subspan(at, std::min(sum_bytes, bytes.size() - at))));
+                sums.push_back(crc32c(std::span(bytes).subspan(at, std::min(sum_bytes, bytes.size() - at))));
             }
         }
         return found;

@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <chrono>
 #include <cstddef>
+#include <filesystem>
 #include <memory>
 #include <optional>
 #include <string>
@@ -151,16 +152,17 @@ TEST(a_snapshot_that_has_failed_is_staged_only_when_nobody_reads_its_sources_any
     const TemporaryFolder folder;
     const auto engine = make_engine(small_settings(1, 1024 * kib));
     engine->prepare(1);
-    for (int i = 0; i < 10; ++i) {
+    for (int i = 0; i < 12; ++i) {
         auto source = std::make_unique<SlowSource>(1024 * kib);
         Status failed;
         std::optional<Snapshot> snapshot = engine->submit("", {{source->bytes}}, failed);
         CHECK(is_copying(*engine));
         CHECK_EQUAL(code_of(snapshot->attach(folder.path("missing/file"))), ENOENT);
-        if (i % 2 == 0) {
-            engine->fence();
-        } else {
-            snapshot->wait_staged();
+        switch (i % 4) {
+            case 0: engine->fence(); break;
+            case 1: snapshot->wait_staged(); break;
+            case 2: snapshot->restage(); break;
+            default: CHECK_EQUAL(code_of(snapshot->finish()), ENOENT); break;
         }
         source.reset();
         CHECK(snapshot->has_ended());
@@ -249,6 +251,17 @@ TEST(copying_anew_can_be_cancelled) {
         CHECK(snapshot.has_ended());
     }
     check_usable(*engine, folder.path("next"));
+}
+
+TEST(a_snapshot_that_was_cancelled_makes_no_file) {
+    const TemporaryFolder folder;
+    const auto engine = make_engine(small_settings(2));
+    Scene scene;
+    scene.add(10 * kib);
+    Snapshot snapshot = submit(*engine, scene);
+    snapshot.cancel();
+    CHECK_EQUAL(code_of(snapshot.attach(folder.path("file"))), ECANCELED);
+    CHECK(!std::filesystem::exists(folder.path("file")));
 }
 
 TEST(cancelling_does_not_wait_for_bandwidth) {
