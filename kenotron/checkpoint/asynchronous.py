@@ -16,6 +16,7 @@ Sources are held until they have been copied. Between 1 and 3 nobody else must c
 from __future__ import annotations
 
 import atexit
+import contextlib
 import dataclasses
 import errno
 import os
@@ -324,7 +325,8 @@ class Checkpointer:
         layout: ShardLayout | None = None
         try:
             if rank == 0:
-                check_replaceable(attempt.path)
+                with contextlib.suppress(OSError):  # the worker looks again, and its failures are told as `on_error` says
+                    check_replaceable(attempt.path)
             layout = attempt.gather(tensors, state, rank_state, allow_pickle=allow_pickle, is_lazy=is_lazy)
             pending.take(self._started(), layout, self._num_fences, self.last)
         except Exception as error:  # the other ranks wait for this one: they are told, and this one raises

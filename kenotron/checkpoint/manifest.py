@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import re
+import stat
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -37,6 +37,8 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
 _SEAL = re.compile(rb',"crc32c":"([0-9a-f]{8})"\}\n')
 _SEAL_BYTES = len(',"crc32c":"01234567"}\n')
 _MAX_EXTENT = 2**63 - 1
+#: More than any tensor has, and so few that what takes time quadratic in them takes none.
+_MAX_DIMS = 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -202,11 +204,13 @@ def read_manifest(path: str | os.PathLike[str], *, check_files: bool = True) -> 
 def check_file_size(file: Path, num_bytes: int) -> None:
     """Raise ``FileMissingError`` or ``FileSizeError`` unless ``file`` is there with ``num_bytes`` bytes."""
     try:
-        found = file.stat().st_size
+        found = file.stat()
     except FileNotFoundError:
         raise FileMissingError(f"{file} is missing; the checkpoint cannot be loaded without it") from None
-    if found != num_bytes:
-        raise FileSizeError(f"{file} has {found} bytes and should have {num_bytes}; the checkpoint is incomplete")
+    if not stat.S_ISREG(found.st_mode):
+        raise FileMissingError(f"{file} is no file; the checkpoint cannot be loaded without it")
+    if found.st_size != num_bytes:
+        raise FileSizeError(f"{file} has {found.st_size} bytes and should have {num_bytes}; the checkpoint is incomplete")
 
 
 def _check_published(directory: Path) -> None:
@@ -291,13 +295,12 @@ def _check(manifest: Manifest) -> None:
 
 
 def _check_tensor(name: str, tensor: StoredTensor) -> None:
-    extent = math.prod(max(size, 1) for size in tensor.shape)
-    if min(tensor.shape, default=0) < 0 or extent > _MAX_EXTENT:
-        raise ValueError(f"{name} cannot have the shape {tensor.shape}")
+    if not _is_possible(tensor.shape):
+        raise ValueError(f"{name} cannot have the shape {tensor.shape[:8]}{' ...' if len(tensor.shape) > 8 else ''}")
     for piece in tensor.pieces:
-        num_bytes = piece.box.volume * tensor.dtype.itemsize
         if not is_inside(piece.box, tensor.shape):
-            raise ValueError(f"a piece of {name} at {piece.offset} lies outside of it")
+            raise ValueError(f"a piece of {name} at {piece.offset[:8]} lies outside of it")
+        num_bytes = piece.box.volume * tensor.dtype.itemsize
         if num_bytes == 0 or piece.end - piece.begin != num_bytes:
             raise ValueError(f"a piece of {name} at {piece.offset} is not {num_bytes} bytes long")
         if len(piece.crc32c) != -(-num_bytes // CHUNK_BYTES):
@@ -307,6 +310,18 @@ def _check_tensor(name: str, tensor: StoredTensor) -> None:
     flaw = find_flaw([piece.box for piece in tensor.pieces], tensor.shape)
     if flaw is not None:
         raise ValueError(f"element {flaw[0]} of {name} is stored {flaw[1]} times")
+
+
+def _is_possible(shape: tuple[int, ...]) -> bool:
+    """Tell whether a tensor can have this shape; in no more steps than it has numbers, however large these are."""
+    if len(shape) > _MAX_DIMS:
+        return False
+    extent = 1
+    for size in shape:
+        extent *= max(size, 1)
+        if size < 0 or extent > _MAX_EXTENT:
+            return False
+    return True
 
 
 def _integers(values: Iterable[Any]) -> tuple[int, ...]:

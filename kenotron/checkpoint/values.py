@@ -17,6 +17,7 @@ import json
 import math
 import pathlib
 import pickle
+import re
 from argparse import Namespace
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterator
@@ -39,6 +40,9 @@ _FACTORIES: dict[str, Any] = {kind.__name__: kind for kind in (bool, dict, float
 _PATHS = {kind.__name__: kind for kind in (pathlib.Path, pathlib.PurePosixPath, pathlib.PureWindowsPath)}
 #: numpy kinds whose bytes are the value: bool, integers, floats, complex, times and texts; not objects and records.
 _NUMPY_KINDS = "biufcmMSU"
+_NUMPY_DTYPE = re.compile(rf"[<>|][{_NUMPY_KINDS}]\d{{1,9}}(\[\w+\])?")
+#: By name, and not by `getattr`: of torch's attributes some are modules that are imported when they are asked for.
+_DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in vars(torch).values() if isinstance(dtype, torch.dtype)}
 _JSON_INT = 2**63
 
 
@@ -291,10 +295,9 @@ def _as_numpy(value: Any, below: Below) -> Any:
 
 
 def _from_numpy(content: Any, inner: Inner) -> Any:
-    dtype = np.dtype(content["dtype"])
-    if dtype.kind not in _NUMPY_KINDS:
-        raise ValueError(f"the numpy dtype {dtype} is not one that is stored")
-    array = np.frombuffer(base64.b64decode(content["data"]), dtype).reshape(content["shape"]).copy()
+    if not _NUMPY_DTYPE.fullmatch(content["dtype"]):  # numpy's own parser takes more, and evaluates some of it
+        raise ValueError(f"the numpy dtype {content['dtype']!r:.80} is not one that is stored")
+    array = np.frombuffer(base64.b64decode(content["data"]), np.dtype(content["dtype"])).reshape(content["shape"]).copy()
     return array[()] if content["scalar"] else array
 
 
@@ -306,13 +309,6 @@ def _as_default_dict(value: Any, below: Below) -> Any:
 def _from_default_dict(content: Any, inner: Inner) -> Any:
     factory = content["factory"] and _FACTORIES[content["factory"]]
     return _from_pairs(lambda pairs: defaultdict(factory, pairs))(content["items"], inner)
-
-
-def _from_dtype(content: Any, inner: Inner) -> torch.dtype:
-    dtype = getattr(torch, content)
-    if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"torch.{content} is no dtype")
-    return dtype
 
 
 def _from_device(content: Any, inner: Inner) -> torch.device:
@@ -370,7 +366,7 @@ _CODECS: dict[str, _Codec] = {
         (Namespace,), lambda v, below: _as_pairs(vars(v), below), _from_pairs(lambda pairs: Namespace(**dict(pairs)))
     ),
     "Size": _Codec((torch.Size,), lambda v, _: list(v), lambda c, _: torch.Size(c)),
-    "dtype": _Codec((torch.dtype,), lambda v, _: str(v).removeprefix("torch."), _from_dtype),
+    "dtype": _Codec((torch.dtype,), lambda v, _: str(v).removeprefix("torch."), lambda c, _: _DTYPES[c]),
     "device": _Codec((torch.device,), lambda v, _: str(v), _from_device),
     "numpy": _Codec((np.ndarray, np.generic), _as_numpy, _from_numpy),
 }
