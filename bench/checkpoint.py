@@ -51,6 +51,7 @@ from checkpoint_peers import CONTESTANTS, GPU_CONTESTANTS, Contestant, Saver, St
 
 MOST_OTHERS, ENOUGH = 0.5, 3  # CPUs that others may use during a row; rows that must remain for others to be dropped
 COMPUTE_S = 1.0
+GROWTH_MB = (250, 1000, 2000, 4000, 8000)
 now = time.perf_counter
 Row = dict[str, float]
 
@@ -629,6 +630,9 @@ def print_tables(title: str, runs: dict[str, list[dict[str, Any]]], errors: dict
             print(f"{name:<50}{cells}{' / '.join(first) if table is TABLES[1] else '':>20}{f'{quiet} of {total}':>12}")
     for name, error in errors.items():
         print(f"{name:<50} failed: {error}")
+    for contestant in CONTESTANTS:
+        if contestant.note and contestant.name in runs:
+            print(f"{contestant.name}: {contestant.note}")
     sys.stdout.flush()
 
 
@@ -744,7 +748,7 @@ def other_layout_bars(options: argparse.Namespace, folder: Path) -> list[Bar]:
 def growth(options: argparse.Namespace, folder: Path) -> dict[int, Any]:
     """Print how our figures grow from 0.25 to 8 GB, as far as memory and disk suffice."""
     found: dict[int, dict[str, Spread]] = {}
-    for size in (250, 1000, 2000, 4000, 8000):
+    for size in GROWTH_MB:
         memory = int(re.findall(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[0]) / 1e3
         room = shutil.disk_usage(folder).free / 1e6
         if memory < 1.3 * size + 2000 or room < 2.5 * size:
@@ -757,8 +761,11 @@ def growth(options: argparse.Namespace, folder: Path) -> dict[int, Any]:
         found[size] = figures(runs["kenotron"])
     if len(found) > 1:
         low, high = min(found), max(found)
-        factors = ", ".join(f"{key} {found[high][key].median / found[low][key].median:.1f} ×" for key in COLUMNS)
-        print(f"from {low} to {high} MB ({high / low:.0f} ×): {factors}")
+        grown = []
+        for key, (_, head, scale) in COLUMNS.items():
+            small, large = scale * found[low][key].median, scale * found[high][key].median
+            grown.append(f"{head} {small:.3g} → {large:.3g} ({large / small:.1f} ×)")
+        print(f"\nfrom {low} to {high} MB ({high / low:.0f} ×): {', '.join(grown)}", flush=True)
     return {size: {key: each.median for key, each in line.items()} for size, line in found.items()}
 
 
@@ -842,6 +849,7 @@ def main() -> int:
                 print(f"loads on other layouts failed: {error}")
                 ok = False
             everything["growth"] = growth(options, folder)
+        if not options.only:
             everything["gpu"] = gpu(options, folder)
     write, read = zip(*options.disk, strict=True)
     for name, rates in (("writes", write), ("reads", read)):

@@ -419,7 +419,7 @@ class Contestant:
         modules: imported before memory is looked at for the first time.
         alone: each rank writes and finishes by itself; with the others rank 0 is done when all are.
         group: it needs a process group even on one rank. durable: it fsyncs and publishes all by itself.
-        pip: what installs it.
+        pip: what installs it. note: printed below the tables.
     """
 
     name: str
@@ -431,6 +431,7 @@ class Contestant:
     durable: bool = False
     quick: bool = False
     pip: str = ""
+    note: str = ""
 
 
 def _dcp_contestants() -> Iterable[Contestant]:
@@ -466,6 +467,7 @@ _NVRX: dict[str, Any] = {
     "modules": ("nvidia_resiliency_ext.checkpointing.async_ckpt.filesystem_async",),
     "group": True,
     "pip": "nvidia-resiliency-ext",
+    "note": "stores what changes before it is done, in spite of its promise; here its fence is therefore its end",
 }
 
 CONTESTANTS = [

@@ -305,9 +305,9 @@ int cuMemHostRegister_v2(void* memory, std::size_t size, unsigned) {
     NEED_CONTEXT();
     const std::lock_guard lock(driver.mutex);
     auto* const begin = static_cast<std::byte*>(memory);
-    const auto after = driver.pinned.upper_bound(begin);
-    if (after != driver.pinned.end() && after->first < begin + size) return already_registered;
-    if (after != driver.pinned.begin() && begin < std::prev(after)->first + std::prev(after)->second) return already_registered;
+    for (const auto& [other, other_size] : driver.pinned) {
+        if (begin < other + other_size && other < begin + size) return already_registered;
+    }
     driver.pinned[begin] = size;
     return success;
 }

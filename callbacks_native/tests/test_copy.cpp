@@ -54,7 +54,8 @@ TEST(lengths_around_tiles_are_copied_exactly) {
     const Bytes bytes = random_bytes(3 * tile, random);
     Bytes room(3 * tile + 4 * margin);
     for (const std::size_t tiles : {tile, 2 * tile}) {
-        for (const std::size_t length : {tiles - 65, tiles - 64, tiles - 1, tiles, tiles + 1, tiles + 63, tiles + 64, tiles + 65}) {
+        for (const std::ptrdiff_t more : {-65, -64, -1, 0, 1, 63, 64, 65}) {
+            const std::size_t length = tiles + static_cast<std::size_t>(more);
             const auto from = std::span(bytes).subspan(below(random, margin), length);
             for (const std::size_t offset : {std::size_t{0}, std::size_t{1}, std::size_t{63}}) {
                 check_copy(from, offset, room, [&](std::byte* to) { return copy_and_sum(to, from.data(), from.size()); });
@@ -76,7 +77,8 @@ TEST(any_range_of_any_view_is_copied_in_row_major_order) {
             const std::size_t begin = k == 0 ? 0 : below(random, expected.size());
             const std::size_t size = k == 0 ? expected.size() : below(random, expected.size() - begin + 1);
             const auto part = std::span(std::as_const(expected)).subspan(begin, size);
-            check_copy(part, below(random, margin), room, [&](std::byte* to) { return strided.copy_and_sum(to, begin, size); });
+            check_copy(part, below(random, margin), room,
+                       [&](std::byte* to) { return strided.copy_and_sum(to, begin, size); });
             CHECK_EQUAL(strided.sum(begin, size), crc32c_portable(part));
         }
     }

@@ -319,11 +319,12 @@ TEST(every_call_that_fails_is_named_and_ends_its_snapshot_alone) {
     const Faults faults;
     const TemporaryFolder folder;
     int name = 0;
-    for (const std::string function : {"cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent", "cuEventCreate",
-                                       "cuEventRecord", "cuStreamCreate", "cuStreamWaitEvent", "cuMemcpyDtoHAsync",
-                                       "cuStreamSynchronize"}) {
+    for (const std::string function :
+         {"cuInit", "cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxPushCurrent", "cuEventCreate", "cuEventRecord",
+          "cuStreamCreate", "cuStreamWaitEvent", "cuMemcpyDtoHAsync", "cuStreamSynchronize"}) {
         for (const auto& [num_good, num_bad] : {std::pair{0, always}, {1, 1}, {2, 1}, {5, 1}}) {
-            if (function == "cuCtxPushCurrent" && num_good > 0) continue;  // nor could one wait for copies under way
+            // Later on one could not even wait for the copies that are under way.
+            if (function == "cuCtxPushCurrent" && num_good > 0) continue;
             {
                 const std::string path = folder.path(std::to_string(name++));
                 const auto engine = make_engine(settings_with(FAKE_CUDA, 3));

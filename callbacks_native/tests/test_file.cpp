@@ -1,15 +1,12 @@
 #include "file.hpp"
 
-#include <fcntl.h>
 #include <signal.h>
 #include <sys/resource.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdlib>
-#include <cstring>
 #include <filesystem>
 #include <memory>
 #include <numeric>
@@ -36,10 +33,11 @@ struct Free {
 
 // What a test writes, in memory that is aligned and reaches up to the next block, as a slot's is.
 struct Content {
-    Content(std::size_t size, Random& random)
-        : memory(static_cast<std::byte*>(std::aligned_alloc(direct_alignment, (size / direct_alignment + 1) * direct_alignment))),
-          bytes(memory.get(), size) {
-        std::fill_n(memory.get(), (size / direct_alignment + 1) * direct_alignment, std::byte{0xEE});
+    Content(std::size_t size, Random& random) {
+        const std::size_t room = (size / direct_alignment + 1) * direct_alignment;
+        memory.reset(static_cast<std::byte*>(std::aligned_alloc(direct_alignment, room)));
+        std::fill_n(memory.get(), room, std::byte{0xEE});  // what must not be seen in the file
+        bytes = {memory.get(), size};
         scramble(bytes, random);
     }
     bool is_at(const std::string& path) const {
@@ -70,14 +68,14 @@ std::size_t num_open_files() {
 
 // What a test of failures begins with: a file of 100,000 bytes.
 struct OneFile {
-    explicit OneFile(bool direct = true) : content(100'000, random) { created = file.create(path, content.bytes.size(), direct); }
+    explicit OneFile(bool direct = true) { created = file.create(path, content.bytes.size(), direct); }
     Status write() { return write_all(file, content, random); }
     bool is_right() const { return content.is_at(path); }
 
     Random random{1};
     TemporaryFolder folder;
     std::string path = folder.path("file");
-    Content content;
+    Content content{100'000, random};
     OutputFile file;
     Status created;
 };
