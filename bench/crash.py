@@ -1,17 +1,16 @@
 """Crashes: training is killed at random moments, again and again, and loses nothing that was published.
 
 For each layout a reference trains to the end, saving synchronously. Then come chains: training is started, which saves in the
-background, and killed (SIGKILL: one rank or all; while it starts, trains or saves); started again, from the newest checkpoint
-or by ``ckpt_path="last"``, and killed again; after some kills it is left to end. It is checked
+background, and killed (SIGKILL: one rank or all; while it starts, trains, saves or publishes); started again, from the newest
+checkpoint or by ``ckpt_path="last"``, and killed again; after some kills it is left to end. It is checked
 
-  after each kill     that every published checkpoint loads and is the reference's of that step, bit for bit: weights,
-                      optimizer,
-                      random generators; that nothing else passes for a checkpoint; that none is older than one seen before
-  after each start    that it goes on from that checkpoint, and that what the dead have left is removed, with a message
-  of each step        that its loss is the reference's, bit for bit
+  after each kill    that every published checkpoint loads and is the reference's of that step, bit for bit: weights, optimizer,
+                     random generators; that nothing else passes for a checkpoint; that the newest is no older than before
+  after each start   that it goes on from that checkpoint, and that what the dead have left is removed, with a message
+  of each step       that its loss is the reference's, bit for bit
 
-Ranks that outlive another end by themselves (where training had begun: else we end them, as a launcher does). Each rank is
-a fork of a process that has imported everything.
+Ranks that outlive another end by themselves (where training had begun: else we end them, as a launcher does). Each rank is a
+fork of a process that has imported everything. ``seed`` makes what is killed and when, up to the speed of the machine.
 
     python bench/crash.py [--kills 500] [--quick] [--json FILE] [--only PATTERN] [--seed 1] [--folder DIR]
 """
@@ -43,7 +42,6 @@ import torch
 from torch import Tensor, nn
 
 from kenotron.checkpoint import (
-    CheckpointError,
     EngineSettings,
     is_checkpoint,
     load_rank_state,
@@ -287,6 +285,10 @@ class Run(threading.Thread):
             self._seen |= partial
         return self._num_saves
 
+    def is_publishing(self) -> bool:
+        """Tell whether a manifest is written and the rename is all that is left."""
+        return any(self.job.folder.glob(".*.partial/manifest.json*"))
+
     def wait_until(self, is_so: Callable[[], bool]) -> bool:
         """Wait for ``is_so``; False where the run ends first."""
         while self.is_alive():
@@ -397,17 +399,19 @@ class Chain:
         self._folder.mkdir(parents=True)
         self._newest = 0
         self._num_runs = 0
+        self._has_failed = False
 
     def run(self, kills: int) -> None:
-        """Kill ``kills`` times, less where training comes to its end before; then let it end."""
+        """Kill ``kills`` times, less where training comes to its end before, or fails; then let it end."""
         for _ in range(kills):
             began = time.monotonic()
-            if not self._start(to_be_killed=True):
+            if not self._start(to_be_killed=True) or self._has_failed:
                 return
             self._tally.cycle_s.append(time.monotonic() - began)
         self._start(to_be_killed=False)
 
     def _fail(self, problem: str) -> None:
+        self._has_failed = True
         self._tally.failures.append(f"{self._layout.name}, seed {self._seed}, run {self._num_runs}: {problem}")
 
     def _start(self, *, to_be_killed: bool) -> bool:
@@ -443,17 +447,21 @@ class Chain:
     def _kill(self, run: Run) -> list[int]:
         everyone = list(range(self._layout.ranks))
         whom = everyone if self._random.random() < 0.5 else [self._random.choice(everyone)]
-        moment = self._random.choices(["starting", "training", "saving"], [1, 3, 6])[0]
+        moment = self._random.choices(["starting", "training", "saving", "publishing"], [1, 3, 4, 4])[0]
         is_there = run.wait_until(lambda: all((run.job.notes / f"process-{rank}").exists() for rank in everyone))
         if moment == "starting":
             time.sleep(self._random.random() * self._reference.starting_s)
         elif moment == "training":
             is_there = run.wait_until(lambda: bool(run.noted("started")))
             time.sleep(self._random.random() * self._reference.training_s)
-        else:
+        elif moment == "saving":
             which = self._random.randint(1, 5)
             is_there = run.wait_until(lambda: run.num_saves() >= which)
             time.sleep(self._random.random() * 0.1)
+        else:
+            which = self._random.randint(1, 5)
+            is_there = run.wait_until(lambda: run.num_saves() >= which and run.is_publishing())
+            time.sleep(self._random.random() * 0.01)
         had_met = all(run.noted("started", rank) for rank in everyone)
         killed = run.kill(whom) if is_there else []
         if killed:
@@ -499,8 +507,8 @@ class Chain:
         for path in self._published():
             try:
                 found = state_of(path)
-            except CheckpointError as error:
-                self._fail(f"{path.name} does not load: {error}")
+            except Exception as error:  # whatever it is, it must not be
+                self._fail(f"{path.name} does not load: {type(error).__name__}: {error}")
                 continue
             self._tally.verified += 1
             newest = max(newest, found["step"])

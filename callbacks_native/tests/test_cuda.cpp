@@ -387,11 +387,11 @@ TEST(a_slot_is_free_only_when_no_device_writes_to_it) {
     cuda().delay(1, 100);
     cuda().fail("cuStreamSynchronize", 0, 1);
     Snapshot device = submit(*engine, {fails.source(), is_late.source()});
-    engine->fence();
+    device.wait_staged();
     CHECK_EQUAL(code_of(device.finish()), EIO);
     Scene scene{""};
     Snapshot host = kenotron::test::submit(*engine, scene.add(4 * kib));
-    engine->fence();
+    host.wait_staged();
     std::this_thread::sleep_for(milliseconds(150));
     CHECK_EQUAL(code_of(host.attach(folder.path("host"))), 0);
     check_finished(host, folder.path("host"), scene.expected());

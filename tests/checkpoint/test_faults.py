@@ -211,7 +211,10 @@ def test_a_call_that_fails_costs_no_checkpoint_and_is_told(server: RankPool, tmp
         assert "broke" not in told, (call, told)
         assert outcome.holds[name] == 3.0, call  # the next save works,
         assert told["leftovers"] == [], call  # and removes what is left
-        if not is_published:
+        if told["error"] is None and not is_published:  # the call itself looks what stands there; so does the worker
+            assert call == f"close {tmp_path}/f/a/manifest.json"
+            assert told["then"] == {"a": 2.0}, call
+        elif not is_published:
             assert f"saving {tmp_path}/f/{name} failed on rank 0: OSError: [Errno 5]" in told["error"], call
             assert os.strerror(errno.EIO) in told["error"], call
             assert told["then"] == {"a": 1.0}, call
@@ -262,6 +265,35 @@ def test_a_file_system_that_cannot_reserve_or_exchange_will_do(server: RankPool,
     (outcome,) = server.run(after_each, 1, [fault], tmp_path / "f", three_saves, "a")[0]
     assert outcome.told["error"] is None
     assert outcome.told["then"] == {"a": 2.0}
+
+
+def save_under_two_names(folder: Path, fault: dict[str, str]) -> dict[str, Any]:
+    """Save 1 as ``a`` and, while nothing changes, as ``last``: a link, if the fault does not prevent it."""
+    checkpointer = Checkpointer(SETTINGS)
+    options: dict[str, Any] = {"rank": 0, "world_size": 1}
+    arm(folder, {"FAULT_CALLS": " link ", "FAULT_FOLDER": f"{folder}/.last.s2.partial/shard", **fault})
+    held = tensors(1.0)[:2]  # what is not lazy is copied anew, and may differ
+    for name, save_id in (("a", "s1"), ("last", "s2")):
+        checkpointer.save(folder / name, held, {"value": 1.0}, save_id=save_id, **options)
+    error = failure_of(checkpointer.close)
+    shards = [path / "shard-00001-of-00001.safetensors" for path in folder.iterdir() if is_checkpoint(path)]
+    same = [load_state_dict(shard.parent).keys() == {"0", "1"} for shard in shards]
+    return {"error": error, "inodes": len({shard.stat().st_ino for shard in shards}), "names": len(shards), "load": all(same)}
+
+
+def test_a_link_that_cannot_be_made_is_a_copy_and_one_that_fails_costs_one_checkpoint(server: RankPool, tmp_path: Path) -> None:
+    for code, expected in (
+        (0, {"error": None, "inodes": 1, "names": 2, "load": True}),
+        *[(code, {"error": None, "inodes": 2, "names": 2, "load": True}) for code in (errno.EPERM, errno.EXDEV, errno.EMLINK)],
+        (errno.EIO, {"inodes": 1, "names": 1, "load": True}),
+    ):
+        (tmp_path / str(code)).mkdir()
+        fault = {"FAULT_ACTION": "fail", "FAULT_ERRNO": str(code)} | ({"FAULT_AT": "1"} if code else {})
+        told = told_by(server, save_under_two_names, tmp_path / str(code), fault)
+        assert {name: told[name] for name in expected} == expected, os.strerror(code)
+        if code == errno.EIO:
+            assert f"saving {tmp_path}/{code}/last failed on rank 0" in told["error"]
+            assert "Input/output error" in told["error"]
 
 
 # ------------------------------------------------------------------------------------------------- calls that are the last
@@ -460,10 +492,8 @@ def save_beyond_a_limit(folder: Path, fault: dict[str, str]) -> dict[str, Any]:
 
 
 def test_a_limit_of_file_sizes_is_told_when_a_file_is_reserved_or_written(server: RankPool, tmp_path: Path) -> None:
-    cannot_reserve = {
-        "FAULT_AT": "1", "FAULT_TIMES": "9", "FAULT_CALLS": " fallocate ", "FAULT_ACTION": "fail",
-        "FAULT_ERRNO": str(errno.EOPNOTSUPP),
-    }  # fmt: skip
+    cannot_reserve = {"FAULT_AT": "1", "FAULT_TIMES": "9", "FAULT_CALLS": " fallocate "}
+    cannot_reserve |= {"FAULT_ACTION": "fail", "FAULT_ERRNO": str(errno.EOPNOTSUPP)}
     outcomes = server.run(after_each, 1, [{}, cannot_reserve], tmp_path / "f", save_beyond_a_limit)[0]
     for call, outcome in zip(("fallocate", "pwrite"), outcomes, strict=True):
         assert f"{call}: File too large: '{tmp_path}/f/.a.s2.partial/shard-00001-of-00001" in outcome.told["error"]
@@ -549,9 +579,8 @@ def import_lightning() -> None:
 @pytest.mark.parametrize("io", ["strategy", "plugin"])
 def test_training_goes_on_or_stops_as_asked_when_a_checkpoint_fails(server: RankPool, tmp_path: Path, io: str) -> None:
     server.run(import_lightning, 1)
-    second_is_full = {
-        "FAULT_CALLS": " fallocate ", "FAULT_AT": "2", "FAULT_ACTION": "fail", "FAULT_ERRNO": str(errno.ENOSPC),
-    }  # fmt: skip
+    second_is_full = {"FAULT_CALLS": " fallocate ", "FAULT_AT": "2"}
+    second_is_full |= {"FAULT_ACTION": "fail", "FAULT_ERRNO": str(errno.ENOSPC)}
     told = {}
     for name, fault, on_error in (("good", {}, "raise"), ("warn", second_is_full, "warn"), ("raise", second_is_full, "raise")):
         (tmp_path / name).mkdir()

@@ -7,6 +7,7 @@ A forger can seal a manifest anew; the cases here do. Each follows from its seed
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import os
 import random
@@ -41,6 +42,7 @@ from kenotron.checkpoint import (
     load_state_dict,
     read_manifest,
 )
+from kenotron.checkpoint.verify import verify
 from kenotron.testing import RankPool
 
 pytestmark = pytest.mark.slow  # a minute or two each
@@ -75,10 +77,9 @@ def checkpoint(tmp_path: Path, save_on_ranks: SaveOnRanks) -> Path:
     ]
     state = {
         "step": 7, "lr": [1e-3, float("nan")], "text": "é", "tuple": (1, 2**70), "numpy": np.float32(3), "array": np.arange(3),
-        "many": [np.array(["a", "bc"]), {1, 2}, deque([1], 3), range(3), slice(1, 2), Path("a"), Namespace(a=1),
-        torch.Size([2])],
-        "more": [Counter("aab"), OrderedDict(a=1), defaultdict(list, {"a": [1]}), {1: 2}, b"bytes", 1j, torch.float16],
-        "device": torch.device("cpu"), "seen": torch.arange(9), "mark": pytest.mark.slow,
+        "many": [np.array(["a", "bc"]), {1, 2}, deque([1], 3), range(3), slice(1, 2), Path("a"), Namespace(a=1)],
+        "more": [torch.Size([2]), Counter("aab"), OrderedDict(a=1), defaultdict(list, {"a": [1]}), {1: 2}, b"bytes", 1j],
+        "torch": [torch.device("cpu"), torch.float16], "seen": torch.arange(9), "mark": pytest.mark.slow,
     }  # fmt: skip
     per_rank = {rank: {"rank_state": {"rng": torch.arange(5) + rank}} for rank in range(2)}
     options = {"aliases": {"model/tied": "model/b"}, "allow_pickle": True, "per_rank": per_rank}
@@ -88,23 +89,28 @@ def checkpoint(tmp_path: Path, save_on_ranks: SaveOnRanks) -> Path:
 
 
 def load_all(path: Path, *, allow_pickle: bool = False) -> list[Any]:
-    """Load all there is in every way, each of which may raise; return what each did."""
-    found: list[Any] = []
-
-    def load(call: Callable[[], Any]) -> None:
+    """Load all there is in every way; return what each call did: the manifest first, if it raises that alone."""
+    try:
+        manifest = read_manifest(path)
+    except CheckpointError as error:
+        return [error]
+    calls: list[Callable[[], Any]] = [
+        lambda: load_state_dict(manifest, ""),
+        lambda: load_state(manifest, allow_pickle=allow_pickle),
+        lambda: load_into(manifest, [LocalTensor.whole("model/w", torch.zeros(60, 100))], strict=False),
+        *[functools.partial(load_rank_state, manifest, rank) for rank in range(2)],
+    ]
+    found: list[Any] = [manifest]
+    for call in calls:
         try:
             found.append(call())
         except CheckpointError as error:
             found.append(error)
+    return found
 
-    target = torch.zeros(60, 100)
-    load(lambda: read_manifest(path))
-    load(lambda: load_state_dict(path, ""))
-    load(lambda: load_state(path, allow_pickle=allow_pickle))
-    load(lambda: load_into(path, [LocalTensor.whole("model/w", target)], strict=False))
-    for rank in (0, 1, 2):
-        load(lambda rank=rank: load_rank_state(path, rank))
-    return [*found, target]
+
+def errors_in(found: list[Any]) -> list[CheckpointError]:
+    return [each for each in found if isinstance(each, CheckpointError)]
 
 
 # ------------------------------------------------------------------------------------------------------------ forgeries
@@ -115,25 +121,19 @@ for _ in range(200):
 
 HOSTILE: list[Any] = [
     None, True, False, 0, 1, -1, 2, 7, 4096, 2**31, 2**32, 2**53, 2**62, 2**63 - 1, 2**63, 2**64, -(2**63), 10**30, 10**4000,
-    0.5, -0.0, 1e308, float("nan"), float("inf"), "", "a", "..", "../secret", "../../secret", "/etc/passwd", "a/b",
-    "a\\b", "a\0b",
-    ".", "manifest.json", "control", "é", "\ud800", "x" * 300, "1" * 5000, "F32", "F4", "BOOL", "F64", "C64", "cuda:0",
-    "_inductor",
+    0.5, -0.0, 1e308, float("nan"), float("inf"), "", "a", "..", "../secret", "../../secret", "/etc/passwd", "a/b", "a\\b",
+    "a\0b", ".", "manifest.json", "control", "é", "\ud800", "x" * 300, "1" * 5000, "F32", "F4", "BOOL", "F64", "C64", "cuda:0",
     [], {}, [[]], [{}], [0], [-1], [2**62, 2**62], [0, 2**63 - 1, 2**63 - 1], [1] * 70, [2] * 40, [10**9, 10**9], _DEEP,
-    {"$tensor": "model/w"}, {"$tensor": "state/0"}, {"$ndarray": "model/b"}, {"$pickle": {"file": "../secret",
-    "type": "x", "crc32c": 0}},
-    {"$tuple": [[1]]}, {"$int": "f" * 9999}, {"$bytes": "A" * 999}, {"$Size": [2**70]}, {"$range": [0, 2**70, 1]},
-    {"$a": 1, "$b": 2},
-    {"$deque": {"items": [1], "maxlen": 2**70}}, {"$dict": [[[], 1]]}, {"$set": [{}]}, {"$dtype": "_inductor"},
-    {"$dtype": "nn"},
+    {"$tensor": "model/w"}, {"$tensor": "state/0"}, {"$ndarray": "model/b"}, {"$tuple": [[1]]}, {"$int": "f" * 9999},
+    {"$pickle": {"file": "../secret", "type": "x", "crc32c": 0}}, {"$bytes": "A" * 999}, {"$Size": [2**70]}, {"$set": [{}]},
+    {"$range": [0, 2**70, 1]}, {"$a": 1, "$b": 2}, {"$deque": {"items": [1], "maxlen": 2**70}}, {"$dict": [[[], 1]]},
+    *[{"$dtype": name} for name in ("_inductor", "nn", "load", "float32", "onnx")],
     *[
         {"$numpy": {"dtype": dtype, "shape": shape, "scalar": False, "data": "AAAAAAAAAAA="}}
-        for dtype in ("<f4", "(,,f4", "|O8", "|V8", "<U999999999", "<M8[x]", "f4,f4", "999999999f8", {"names": ["a"],
-        "formats": ["O"]}, None)
+        for dtype in ("<f4", "(,,f4", "|O8", "|V8", "<U999999999", "<M8[x]", "f4,f4", {"names": ["a"], "formats": ["O"]}, None)
         for shape in ([2], [2**40], [-1], [0, 2**62])
     ],
 ]  # fmt: skip
-DELETE = object()
 
 
 def places_in(node: Any) -> list[tuple[Any, Any]]:
@@ -236,6 +236,7 @@ def load_forgeries(path: Path, seed: int, count: int) -> dict[str, Any]:
     resource.setrlimit(resource.RLIMIT_AS, (in_use + SPARE_BYTES, limits[1]))
     try:
         for number in range(count):
+            file.unlink()  # a new file: what replaces another's content is flushed, as ext4 has it
             file.write_bytes(forgery(good, seed, number))
             began = time.monotonic()
             try:
@@ -253,11 +254,11 @@ def load_forgeries(path: Path, seed: int, count: int) -> dict[str, Any]:
     return {"problems": problems, "outcomes": dict(outcomes), "opened": watch.opened}
 
 
-@pytest.mark.parametrize(("seed", "count"), [(1, 2500), pytest.param(2, 50_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("seed", "count"), [(1, 2500), pytest.param(2, 10_000, marks=pytest.mark.slow)])
 def test_forged_manifests_end_in_typed_errors_within_bounds(apart: RankPool, checkpoint: Path, seed: int, count: int) -> None:
     outside = checkpoint.parents[1] / "secret"  # as long as a shard, and with its bytes: it would load
     shutil.copy(checkpoint / "shard-00001-of-00002.safetensors", outside)
-    (told,) = apart.run(load_forgeries, 1, checkpoint, seed, count, timeout_s=170.0 if count < 10_000 else 3000.0)
+    (told,) = apart.run(load_forgeries, 1, checkpoint, seed, count, timeout_s=170.0)
     assert told["problems"] == []
     assert told["opened"] == []
     assert told["outcomes"]["ManifestDamagedError"] > count / 3
@@ -305,8 +306,9 @@ def test_what_is_listed_as_a_file_and_is_none_is_refused(checkpoint: Path) -> No
         file.unlink()
         make(file)
         forge(checkpoint, lambda node: node["files"].update({file.name: file.stat().st_size}))
-        found = load_all(checkpoint, allow_pickle=True)[:-1]
-        assert all(isinstance(each, FileMissingError) and f"{file} is no file" in str(each) for each in found)
+        (error,) = load_all(checkpoint, allow_pickle=True)
+        assert isinstance(error, FileMissingError)
+        assert f"{file} is no file" in str(error)
         (shutil.rmtree if file.is_dir() else os.unlink)(file)
         file.touch()
 
@@ -314,7 +316,7 @@ def test_what_is_listed_as_a_file_and_is_none_is_refused(checkpoint: Path) -> No
 # --------------------------------------------------------------------------------------------------------------- damage
 
 
-def where(path: Path, name: str, position: int) -> str | None:
+def tensor_at(path: Path, name: str, position: int) -> str | None:
     """Return the tensor that a byte of a shard belongs to."""
     for tensor, stored in read_manifest(path).tensors.items():
         for piece in stored.pieces:
@@ -323,22 +325,23 @@ def where(path: Path, name: str, position: int) -> str | None:
     return None
 
 
-@pytest.mark.parametrize("seed", [1])
-def test_a_flipped_bit_of_any_byte_of_a_tensor_is_found_and_tensor_and_file_are_named(checkpoint: Path, seed: int) -> None:
-    generator = random.Random(seed)
+def test_a_flipped_bit_of_any_byte_of_a_tensor_is_found_and_tensor_and_file_are_named(checkpoint: Path) -> None:
+    generator = random.Random(1)
     hit = set()
     for _ in range(300):
         shard = checkpoint / f"shard-0000{generator.randrange(1, 3)}-of-00002.safetensors"
         position, bit = generator.randrange(4096, shard.stat().st_size), generator.randrange(8)
-        tensor = where(checkpoint, shard.name, position)
+        tensor = tensor_at(checkpoint, shard.name, position)
         assert tensor is not None
         flip_bit(shard, position, bit)
-        found = [each for each in load_all(checkpoint, allow_pickle=True) if isinstance(each, CheckpointError)]
+        errors = errors_in(load_all(checkpoint, allow_pickle=True))
+        (damage,) = verify(checkpoint).damages
         flip_bit(shard, position, bit)
-        damage = [each for each in found if isinstance(each, ChecksumError)]
-        assert damage, f"byte {position}, bit {bit} of {shard.name}"
-        for error in damage:
+        assert errors, f"byte {position}, bit {bit} of {shard.name}"
+        for error in errors:
+            assert isinstance(error, ChecksumError)
             assert f"{shard} is damaged: of the tensor {tensor} the bytes from" in str(error)
+        assert (damage.file, damage.tensor) == (shard.name, tensor)
         hit.add(tensor)
     assert {"model/w", "model/b", "optimizer.0/w/exp_avg"} < hit
 
@@ -352,19 +355,20 @@ def test_a_flipped_bit_of_a_pickle_is_found_and_the_file_is_named(checkpoint: Pa
         flip_bit(file, position, position % 8)
 
 
-def test_flipped_bits_of_a_header_change_nothing_that_is_loaded(checkpoint: Path) -> None:
+def test_damage_to_a_header_changes_nothing_that_is_loaded_and_verify_finds_it(checkpoint: Path) -> None:
     """The manifest says all; the header is there for other readers of safetensors."""
     generator = random.Random(1)
     expected = load_state_dict(checkpoint, "")
     for shard in sorted(checkpoint.glob("shard-*")):
         good = shard.read_bytes()
-        for _ in range(100):
+        for _ in range(60):
             data = bytearray(good)
-            for _ in range(generator.choice([1, 2, 50, 4096])):
-                data[generator.randrange(4096)] = generator.randrange(256)
+            for _ in range(generator.choice([1, 1, 2, 50, 4096])):
+                data[generator.randrange(4096)] ^= 1 << generator.randrange(8)
             shard.write_bytes(data)
             found = load_state_dict(checkpoint, "")
             assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+            assert data == good or {damage.file for damage in verify(checkpoint).damages} == {shard.name}
         shard.write_bytes(good)
 
 
@@ -374,8 +378,10 @@ def test_every_truncation_is_found_and_the_file_is_named(checkpoint: Path) -> No
         good = file.read_bytes()
         for length in (0, 1, len(good) - 1, *(generator.randrange(len(good)) for _ in range(40))):
             file.write_bytes(good[:length])
-            found = load_all(checkpoint, allow_pickle=True)[:-1]
-            kinds = (ManifestDamagedError, NotACheckpointError) if file.name == "manifest.json" else (FileSizeError,)
-            assert all(isinstance(each, kinds) and str(file.parent) in str(each) and file.name in str(each) for each in found)
+            (error,) = load_all(checkpoint, allow_pickle=True)
+            is_manifest = file.name == "manifest.json"
+            assert isinstance(error, (ManifestDamagedError, NotACheckpointError) if is_manifest else FileSizeError)
+            assert str(checkpoint) in str(error)
+            assert file.name in str(error)
         file.write_bytes(good)
-    assert not any(isinstance(each, CheckpointError) for each in load_all(checkpoint, allow_pickle=True)[:-2])
+    assert errors_in(load_all(checkpoint, allow_pickle=True)) == []
