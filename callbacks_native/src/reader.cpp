@@ -11,7 +11,7 @@
 
 #include <fcntl.h>
 #include <sys/mman.h>
-#include <sys/uio.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -40,7 +40,6 @@ using Clock = std::chrono::steady_clock;
 
 constexpr std::uint64_t huge_page_bytes = 2 << 20;
 constexpr std::uint64_t probe_bytes = 1 << 20;
-constexpr std::uint64_t probe_pollution_bytes = 16 << 10;  // what a probe that misses was seen to bring into the cache
 constexpr auto time_between_questions = std::chrono::milliseconds(100);
 
 // Where the block that a byte lies in begins, and where the first one at or behind it does.
@@ -83,6 +82,54 @@ private:
     int code_ = 0;
 };
 
+// Tells what of a file is in the page cache. It is mapped, and none of its pages is ever touched.
+//
+// preadv2 with RWF_NOWAIT would tell, too, but asking so for what is not there starts reading it into the cache
+// (measured: all of 8 MiB, the device's readahead) while we read it past the cache. Even a single byte that was not there
+// is, on a busy machine, often there when the answer is given.
+class Residency {
+public:
+    Residency(const std::string& path, int descriptor) {
+        struct stat status;
+        if (::fstat(descriptor, &status) != 0 || !S_ISREG(status.st_mode) || status.st_size == 0) return;
+        // Of files that are neither ours nor writable mincore(2) says that all is there.
+        if (status.st_uid != ::geteuid() && ::faccessat(AT_FDCWD, path.c_str(), W_OK, AT_EACCESS) != 0) return;
+        size_ = static_cast<std::size_t>(status.st_size);
+        void* const mapped = ::mmap(nullptr, size_, PROT_READ, MAP_SHARED, descriptor, 0);
+        if (mapped != MAP_FAILED) mapped_ = static_cast<std::byte*>(mapped);
+    }
+    ~Residency() {
+        if (mapped_ != nullptr) ::munmap(mapped_, size_);
+    }
+    Residency(const Residency&) = delete;
+    Residency& operator=(const Residency&) = delete;
+
+    // Whether the bytes from `begin` to `end` are there, as far as a look at one page of each megabyte tells; false where
+    // the system does not say. 1 µs for each look.
+    bool has(std::uint64_t begin, std::uint64_t end) const {
+        for (std::uint64_t at = begin;; at = std::min(at + probe_bytes, end - 1)) {
+            if (!has_page(at)) return false;
+            if (at == end - 1) return true;
+        }
+    }
+
+private:
+    bool has_page(std::uint64_t position) const {
+#ifdef __linux__
+        static const auto page_bytes = static_cast<std::uint64_t>(::sysconf(_SC_PAGESIZE));
+        if (mapped_ == nullptr || position >= size_) return false;
+        unsigned char is_there = 0;
+        return ::mincore(mapped_ + position / page_bytes * page_bytes, 1, &is_there) == 0 && (is_there & 1) != 0;
+#else
+        static_cast<void>(position);
+        return false;
+#endif
+    }
+
+    std::byte* mapped_ = nullptr;
+    std::size_t size_ = 0;
+};
+
 // What came of reading a range: all of its bytes, or fewer with an errno, or fewer and 0 where the file ends.
 struct Outcome {
     std::uint64_t num_bytes = 0;
@@ -95,7 +142,9 @@ class File {
 public:
     File(std::string path, bool direct) : path_(std::move(path)), buffered_(path_, 0) {
 #ifdef O_DIRECT
-        if (direct && buffered_.is_open()) direct_.emplace(path_, O_DIRECT);
+        if (!direct || !buffered_.is_open()) return;
+        direct_.emplace(path_, O_DIRECT);
+        residency_.emplace(path_, buffered_.number());
 #else
         static_cast<void>(direct);
 #endif
@@ -109,19 +158,13 @@ public:
         if (!buffered_.is_open()) return {0, buffered_.code(), false};
         const std::uint64_t block = block_of(begin);
         std::uint64_t position = begin;
-        bool cached = false;
-        if (direct_ && direct_->is_open()) {
-            const std::optional<std::uint64_t> missing = first_missing(begin, end);
-            cached = !missing;
-            if (missing) {
-                const std::uint64_t length = round_up(end) - block;
-                const Outcome outcome = read_direct(block, length, buffer);
-                forget(*missing);
-                if (outcome.code != 0) return outcome;
-                position = std::clamp(block + outcome.num_bytes, begin, end);
-            }
+        const bool cached = residency_ && residency_->has(begin, end);
+        if (!cached && direct_ && direct_->is_open()) {
+            const auto [num_bytes, code] = read_direct(block, round_up(end) - block, buffer);
+            position = std::clamp(block + num_bytes, begin, end);
+            if (code != 0) return {position - begin, code, false};
         }
-        while (position < end) {  // all of it, or the rest of the file, which is no whole block
+        while (position < end) {  // all of it, or what is left over
             const ssize_t count = buffered_.read(buffer + (position - block), end - position, position);
             if (count < 0) return {position - begin, errno, cached};
             if (count == 0) break;
@@ -131,51 +174,23 @@ public:
     }
 
 private:
-    // A place between `begin` and `end` that is not in the page cache, as far as a look at some of them tells.
-    //
-    // One byte is asked for with RWF_NOWAIT, at 2 µs each. Asking so for all of a window that is not there would start
-    // reading it into the cache (measured: 8 MiB at a readahead of 8 MiB) while we read it past the cache.
-    std::optional<std::uint64_t> first_missing(std::uint64_t begin, std::uint64_t end) const {
-#ifdef RWF_NOWAIT
-        std::byte byte;
-        const iovec into{&byte, 1};
-        for (std::uint64_t at = begin;; at = std::min(at + probe_bytes, end - 1)) {
-            if (::preadv2(buffered_.number(), &into, 1, static_cast<off_t>(at), RWF_NOWAIT) != 1) return at;
-            if (at == end - 1) return std::nullopt;
-        }
-#else
-        static_cast<void>(end);
-        return begin;
-#endif
-    }
-
-    // Takes what a probe has asked for out of the cache again: else, some reads later, all probes would hit what they
-    // themselves have brought there.
-    void forget(std::uint64_t at) const {
-#ifdef POSIX_FADV_DONTNEED
-        const auto block = static_cast<off_t>(block_of(at));
-        ::posix_fadvise(buffered_.number(), block, probe_pollution_bytes, POSIX_FADV_DONTNEED);
-#else
-        static_cast<void>(at);
-#endif
-    }
-
     // Reads whole blocks up to the end of the file. What it leaves over (the file's last bytes, or all, where the file
     // system wants another alignment) is for a buffered read, which also tells the end of the file from a short read.
-    Outcome read_direct(std::uint64_t block, std::uint64_t length, std::byte* buffer) const {
+    std::pair<std::uint64_t, int> read_direct(std::uint64_t block, std::uint64_t length, std::byte* buffer) const {
         std::uint64_t done = 0;
         while (done < length && done % direct_alignment == 0) {
             const ssize_t count = direct_->read(buffer + done, length - done, block + done);
-            if (count < 0 && errno != EINVAL) return {done, errno, false};
+            if (count < 0 && errno != EINVAL) return {done, errno};
             if (count <= 0) break;
             done += static_cast<std::uint64_t>(count);
         }
-        return {done, 0, false};
+        return {done, 0};
     }
 
     std::string path_;
     Descriptor buffered_;
     std::optional<Descriptor> direct_;
+    std::optional<Residency> residency_;
 };
 
 // ---- Windows --------------------------------------------------------------------------------------------------------
