@@ -330,7 +330,7 @@ def rows(rank: int, value: float) -> list[LocalTensor]:
     return [half, *others]
 
 
-def rank_of_two(folder: Path, fault: dict[str, str], rank: int, value: float) -> dict[str, Any]:
+def rank_of_two(folder: Path, fault: dict[str, str], rank: int, value: float, timeout_s: float) -> dict[str, Any]:
     checkpointer = Checkpointer(SETTINGS)
     if fault:
         arm(folder, fault)
@@ -342,7 +342,7 @@ def rank_of_two(folder: Path, fault: dict[str, str], rank: int, value: float) ->
         world_size=2,
         save_id=f"s{value:g}",
         rank_state={"rank": rank},
-        timeout_s=3.0,
+        timeout_s=timeout_s,
     )
     return {"error": failure_of(checkpointer.close)}
 
@@ -352,7 +352,9 @@ def two_ranks(folder: Path, fault: dict[str, str], struck: int) -> list[Any]:
     save_now(folder / "a", 1.0)
     told: list[Any] = []
     for value in (2.0, 3.0):
-        forks = [fork(rank_of_two, folder, fault if rank == struck and value == 2.0 else {}, rank, value) for rank in range(2)]
+        faults = [fault if rank == struck and value == 2.0 else {} for rank in range(2)]
+        timeout_s = 3.0 if value == 2.0 and "kill" in fault["FAULT_ACTION"] else 60.0
+        forks = [fork(rank_of_two, folder, faults[rank], rank, value, timeout_s) for rank in range(2)]
         outcomes = [wait() for wait in forks]
         told.append([outcome.signal or outcome.told.get("broke") or outcome.told["error"] for outcome in outcomes])
         told.append(value_of(folder / "a"))
