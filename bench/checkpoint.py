@@ -18,12 +18,9 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fnmatch
-import gc
-import importlib
 import importlib.util
 import json
 import math
-import mmap
 import os
 import re
 import shutil
@@ -33,489 +30,23 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-import traceback
 import uuid
-import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from checkpoint_peers import CONTESTANTS, GPU_CONTESTANTS, Contestant, Saver, State, shapes
+from checkpoint_machine import MOST_OTHERS, Row, disk_rates, now
+from checkpoint_peers import CONTESTANTS, GPU_CONTESTANTS, Contestant, shapes
+from checkpoint_ranks import work
 
-MOST_OTHERS, ENOUGH = 0.5, 3  # CPUs that others may use during a row; rows that must remain for others to be dropped
+ENOUGH = 3  # rows that must remain for those to be dropped that others disturbed
 COMPUTE_S = 1.0
 GROWTH_MB = (250, 1000, 2000, 4000, 8000)
-now = time.perf_counter
-Row = dict[str, float]
-
-
-# ------------------------------------------------------------------------------------------------- the machine
-
-
-def disk_rates(folder: Path, num_bytes: int) -> tuple[float, float]:
-    """Return what the disk writes (created, fsynced) and reads in bytes per second: O_DIRECT, 2 threads, 16 MiB blocks."""
-    block, threads = 16 << 20, 2
-    blocks = max(1, num_bytes // block // threads)
-    buffers = [mmap.mmap(-1, block) for _ in range(threads)]
-    for buffer in buffers:
-        buffer.write(os.urandom(1 << 20) * 16)
-
-    def write(thread: int) -> None:
-        file = os.open(folder / f"disk-{thread}", os.O_WRONLY | os.O_CREAT | os.O_DIRECT)
-        os.posix_fallocate(file, 0, blocks * block)
-        for i in range(blocks):
-            assert os.pwrite(file, buffers[thread], i * block) == block
-        os.fsync(file)
-        os.close(file)
-
-    def read(thread: int) -> None:
-        file = os.open(folder / f"disk-{thread}", os.O_RDONLY | os.O_DIRECT)
-        for i in range(blocks):
-            assert os.preadv(file, [buffers[thread]], i * block) == block
-        os.close(file)
-
-    rates = []
-    with ThreadPoolExecutor(threads) as pool:
-        for work in (write, read):
-            start = now()
-            list(pool.map(work, range(threads)))
-            rates.append(threads * blocks * block / (now() - start))
-    for thread in range(threads):
-        (folder / f"disk-{thread}").unlink()
-    return rates[0], rates[1]
-
-
-def processes() -> dict[int, tuple[int, float, float]]:
-    """Return for each process its parent, its CPU seconds (in ticks) and those of its children that have ended."""
-    tick, found = os.sysconf("SC_CLK_TCK"), {}
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                fields = Path(f"/proc/{name}/stat").read_text().rpartition(")")[2].split()
-            except OSError:
-                continue
-            user, system, ended_user, ended_system = map(int, fields[11:15])
-            found[int(name)] = int(fields[1]), (user + system) / tick, (ended_user + ended_system) / tick
-    return found
-
-
-def tree(found: dict[int, tuple[int, float, float]], root: int) -> list[int]:
-    """Return ``root`` and all that descend from it."""
-    members = [root]
-    for member in members:
-        members += [pid for pid, (parent, _, _) in found.items() if parent == member]
-    return members
-
-
-def cpu_seconds(found: dict[int, tuple[int, float, float]], members: Sequence[int]) -> float:
-    """Return the CPU seconds of processes, threads and ended children included, from their own clocks."""
-    total = 0.0
-    for pid in members:
-        try:
-            total += time.clock_gettime((~pid << 3) | 2) + found[pid][2]  # the clock that clock_getcpuclockid(3) names
-        except (OSError, KeyError):
-            continue
-    return total
-
-
-def others_seconds() -> float:
-    """Return the CPU seconds that were used by neither this benchmark nor the kernel's own threads, since the start."""
-    fields = [int(value) for value in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]]
-    busy = (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK")  # all but idle and waiting; stolen counts
-    found = processes()
-    kernel = sum(ticks for parent, ticks, _ in found.values() if parent == 2)  # pages are written back for who made them
-    return busy - kernel - cpu_seconds(found, tree(found, os.getppid()))
-
-
-class Meter:
-    """CPU seconds of this process and its children, CPUs that others used and, if ``memory``, the peak of memory."""
-
-    def __init__(self, memory: bool = False) -> None:
-        self._memory = memory
-        self.cpu = self.others = self.peak = 0.0
-
-    def __enter__(self) -> Meter:
-        self._stop, self._sampling_s = threading.Event(), 0.0
-        self._sampler = threading.Thread(target=self._sample, daemon=True)
-        self._others, self._start = others_seconds(), now()
-        self._children_cpu = self._of_children()
-        if self._memory:
-            self._sampler.start()
-        self._own_cpu = time.process_time()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.cpu = time.process_time() - self._own_cpu
-        self.cpu += self._of_children() - self._children_cpu
-        self._stop.set()
-        if self._memory:
-            self._sampler.join()
-            self.cpu -= self._sampling_s
-        others, took = others_seconds() - self._others, now() - self._start
-        self.others = max(0.0, others) / took
-
-    def _of_children(self) -> float:
-        found = processes()
-        return found[os.getpid()][2] + cpu_seconds(found, tree(found, os.getpid())[1:])
-
-    def _sample(self) -> None:
-        looked = -math.inf
-        while True:
-            if now() - looked > 0.5:  # for new children; it takes milliseconds
-                looked, family = now(), own_family(processes())
-            self.peak = max(self.peak, memory_of(family))
-            if self._stop.wait(0.01):
-                break
-        self._sampling_s = time.thread_time()
-
-
-def own_family(found: dict[int, tuple[int, float, float]]) -> list[int]:
-    """Return this process and its children. No grandchildren: forked ones share what they hold with their parent."""
-    return [os.getpid(), *(pid for pid, (parent, _, _) in found.items() if parent == os.getpid())]
-
-
-def memory_of(members: Sequence[int]) -> float:
-    """Return the anonymous memory of processes, and the shared memory of that which maps most of it."""
-    anonymous, shared = 0, [0]
-    for pid in members:
-        try:
-            lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-        except OSError:
-            continue
-        sizes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Rss")}
-        anonymous += int(sizes.get("RssAnon", 0)) * 1024
-        shared.append(int(sizes.get("RssShmem", 0)) * 1024)
-    return anonymous + max(shared)
-
-
-# ------------------------------------------------------------------------------------- what the processes do
-
-
-class Ranks:
-    """The processes of a contestant, in step; a group of their own, because peers use the default one in threads."""
-
-    def __init__(self, group: bool = False) -> None:
-        import torch.distributed as dist
-
-        self.rank, self.world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        if group or self.world > 1:
-            dist.init_process_group("gloo")
-        self._group = dist.new_group(backend="gloo") if self.world > 1 else None
-
-    def agree(self, flag: bool = True) -> bool:
-        """Return whether all say so, when all have said."""
-        import torch
-        import torch.distributed as dist
-
-        if self._group is None:
-            return flag
-        said = torch.tensor(int(flag))
-        dist.all_reduce(said, dist.ReduceOp.MIN, group=self._group)
-        return bool(said)
-
-    def wait_for_quiet(self, patience_s: float) -> None:
-        """Wait until others use little of the machine, for so long at most."""
-        deadline = now() + patience_s
-        quiet = False
-        while self.rank == 0 and not quiet and now() < deadline:
-            before, start = others_seconds(), now()
-            time.sleep(0.3)
-            quiet = (others_seconds() - before) / (now() - start) < 0.7 * MOST_OTHERS
-        self.agree()
-
-
-class Save(threading.Thread):
-    """One save: begun here, followed in a thread until it is durable."""
-
-    def __init__(self, saver: Saver, contestant: Contestant, path: Path) -> None:
-        super().__init__(daemon=True)
-        self._contestant, self._path, self._rank = contestant, path, saver.state.rank
-        self.path, self.step, self.durable_s = path, saver.state.step, math.nan
-        self._saved, self.error = threading.Event(), ""
-        self.start_time = now()
-        self._pending = saver.save(path)
-        self.return_s = now() - self.start_time
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._pending.done()
-            self._saved.set()
-            if not self._contestant.durable and (self._rank == 0 or self._contestant.alone):
-                fsync_all(self._path, f"rank-{self._rank}" if self._contestant.alone else "*")
-            self.durable_s = now() - self.start_time
-        except BaseException as error:
-            self.error = f"{type(error).__name__}: {error}"
-        self._saved.set()
-
-    def fence(self) -> None:
-        """Return when tensors may change."""
-        if self._pending.fence_is_done:
-            self._saved.wait()
-        self._pending.fence()
-
-    def finish(self) -> None:
-        self.join()
-        if self.error:
-            raise RuntimeError(self.error)
-
-
-def fsync_all(path: Path, pattern: str) -> None:
-    """Make files and the directories that name them durable."""
-    files = [file for file in path.rglob(pattern) if file.is_file()] if path.is_dir() else []
-    folders = {path.parent, *(folder for file in files for folder in file.parents if path in (folder, *folder.parents))}
-    for each in (*files, *folders):
-        descriptor = os.open(each, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
-
-
-class Rank:
-    """One process of a contestant, and what it found."""
-
-    def __init__(self, spec: dict[str, Any]) -> None:
-        import torch
-
-        contestant = next(each for each in (*CONTESTANTS, *GPU_CONTESTANTS) if each.name == spec["name"])
-        self.spec, self.contestant, self.folder = spec, contestant, Path(spec["folder"])
-        for module in contestant.modules:
-            importlib.import_module(module)
-        self.ranks = Ranks(contestant.group)
-        self.state = State(spec["mb"], self.ranks.rank, self.ranks.world, device=spec["device"])
-        self.settle: Callable[[], None] = torch.cuda.synchronize if spec["device"] == "cuda" else lambda: None
-        self.settle()
-        self._memory = memory_of(own_family(processes()))
-        self.saver = contestant.make(self.state, spec)
-        self._count = 0
-
-    def run(self) -> dict[str, Any]:
-        found: dict[str, Any] = {"bytes": self.state.num_bytes}
-        found["idle"] = [self._idle() for _ in range(self.spec["saves"])]
-        found["training"] = list(self._training()) if self.spec["windows"] else []
-        found["load"] = self._loads() if self.contestant.make is not Saver else []
-        self.saver.close()
-        return found
-
-    def _begin(self) -> Save:
-        self._count += 1
-        return Save(self.saver, self.contestant, self.folder / f"save-{self._count}")
-
-    def _idle(self) -> Row:
-        gc.collect()
-        self.ranks.wait_for_quiet(self.spec["patience"])
-        with Meter(memory=True) as meter:
-            self.ranks.agree()
-            save = self._begin()
-            save.fence()
-            snapshot_s = now() - save.start_time
-            if self.spec["check"]:
-                self.state.advance()  # as soon as it may
-            save.finish()
-        self._end(save)
-        return {
-            "return": save.return_s, "snapshot": snapshot_s, "durable": save.durable_s, "cpu": meter.cpu,
-            "memory": meter.peak - self._memory, "others": meter.others,
-        }  # fmt: skip
-
-    def _training(self) -> Iterator[Row]:
-        compute = computation(self.spec, self.ranks.world)
-
-        def step(fence: Callable[[], None] = lambda: None) -> float:
-            compute(self.spec["units"])
-            start = now()
-            fence()
-            stalled = now() - start
-            self.state.advance()
-            self.settle()
-            return stalled
-
-        def plain(steps: int) -> float:
-            start = now()
-            for _ in range(steps):
-                step()
-                self.ranks.agree()
-            return (now() - start) / steps
-
-        plain(1)
-        for _ in range(self.spec["windows"]):
-            self.ranks.wait_for_quiet(self.spec["patience"])
-            with Meter() as meter:
-                before = plain(2)
-                start = now()
-                save = self._begin()
-                steps, stall, durable = 0, save.return_s, False
-                while steps < 2 or not durable:
-                    stall += step(save.fence)
-                    steps += 1
-                    durable = self.ranks.agree(not save.is_alive())
-                took = now() - start
-                after = plain(2)
-            self._end(save)
-            yield {
-                "return": save.return_s, "stall": stall, "added": took - steps * (before + after) / 2,
-                "durable": save.durable_s, "others": meter.others,
-            }  # fmt: skip
-
-    def _end(self, save: Save) -> None:
-        """Check a save if asked to, and remove the one before it."""
-        save.finish()
-        self.ranks.agree()
-        if self.spec["check"] and self.contestant.make is not Saver:
-            self._load(save)
-        self._last = save
-        if self.ranks.rank == 0 and self._count > 1:
-            shutil.rmtree(self.folder / f"save-{self._count - 1}", ignore_errors=True)
-        self.ranks.agree()
-
-    def _loads(self) -> list[Row]:
-        rows = []
-        for _ in range(2):
-            self.ranks.wait_for_quiet(self.spec["patience"])
-            with Meter() as meter:
-                took = self._load(self._last)
-            rows.append({"load": took, "others": meter.others})
-        return rows
-
-    def _load(self, save: Save) -> float:
-        """Load what was saved over a state that is spoilt first; training goes on from there."""
-        took = timed_load(self.saver, save.path, self.ranks, save.step)
-        self.state.step = save.step
-        return took
-
-
-def make_cold(path: Path, ranks: Ranks) -> None:
-    """Put a checkpoint out of the page cache, and begin together."""
-    for file in path.rglob("*") if ranks.rank == 0 else ():
-        if file.is_file():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)  # dirty pages would stay
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(descriptor)
-    ranks.agree()
-
-
-def timed_load(saver: Saver, path: Path, ranks: Ranks, step: int) -> float:
-    """Load a checkpoint from the disk; return the seconds. A wrong value raises."""
-    saver.state.spoil()
-    make_cold(path, ranks)
-    start = now()
-    saver.load(path)
-    took = now() - start
-    wrong = saver.state.wrong(step)
-    if wrong:
-        raise RuntimeError(f"{len(wrong)} tensors do not hold what they held when they were saved: {', '.join(wrong[:3])} …")
-    return took
-
-
-def computation(spec: dict[str, Any], world: int) -> Callable[[int], None]:
-    """Return what stands for a forward and backward pass: so many matrix products, on all cores or on the GPU."""
-    import torch
-
-    gpu = spec["device"] == "cuda"
-    size, dtype = (8192, torch.bfloat16) if gpu else (1024, torch.float32)
-    a, b, out = (torch.ones(size, size, dtype=dtype, device=spec["device"]) for _ in range(3))
-
-    def compute(units: int) -> None:
-        for _ in range(units):
-            torch.mm(a, b, out=out)
-        if gpu:
-            torch.cuda.synchronize()
-
-    return compute
-
-
-def calibrate(spec: dict[str, Any]) -> float:
-    """Return the seconds of one unit of compute while all ranks compute."""
-    ranks = Ranks()
-    compute = computation(spec, ranks.world)
-    times = []
-    for _ in range(9):
-        ranks.agree()
-        start = now()
-        compute(8)
-        times.append((now() - start) / 8)
-    return statistics.median(times[2:])
-
-
-def other_layout(spec: dict[str, Any]) -> dict[str, list[Row]]:
-    """Save rows on all ranks; load columns on all of them, and the whole on the first while the others wait."""
-    rank = Rank(spec)
-    ranks, path = rank.ranks, rank.folder / "rows"
-    Save(rank.saver, rank.contestant, path).finish()
-    ranks.agree()
-    found: dict[str, list[Row]] = {}
-    for layout in ("columns", "whole"):
-        takes_part = layout == "columns" or ranks.rank == 0
-        if takes_part:
-            cut = (ranks.rank, ranks.world) if layout == "columns" else (0, 1)
-            saver = rank.contestant.make(State(spec["mb"], *cut, columns=True), spec)
-        found[layout] = []
-        for _ in range(2):
-            ranks.wait_for_quiet(spec["patience"])
-            took = 0.0
-            with Meter() as meter:
-                if takes_part:
-                    took = timed_load(saver, path, ranks, 0)
-                else:
-                    make_cold(path, ranks)
-            ranks.agree()
-            found[layout].append({"load": took, "others": meter.others})
-    return found
-
-
-def pcie(spec: dict[str, Any]) -> float:
-    """Return the bytes per second from the GPU into pinned memory."""
-    import torch
-
-    source, target = torch.ones(1 << 30, dtype=torch.uint8, device="cuda"), torch.empty(1 << 30, dtype=torch.uint8).pin_memory()
-    times = []
-    for _ in range(5):
-        torch.cuda.synchronize()
-        start = now()
-        target.copy_(source, non_blocking=True)
-        torch.cuda.synchronize()
-        times.append(now() - start)
-    return (1 << 30) / min(times)
-
-
-TASKS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "contestant": lambda spec: Rank(spec).run(),
-    "calibrate": calibrate,
-    "other layout": other_layout,
-    "pcie": pcie,
-}
-
-
-def work(text: str) -> None:
-    """Be one rank: do what the specification says, write what was found, and end whatever else was started here."""
-    import torch
-
-    def die_with_parent(parent: int) -> None:
-        while os.getppid() == parent:
-            time.sleep(1.0)
-        os.killpg(0, signal.SIGKILL)
-
-    warnings.filterwarnings("ignore")
-    threading.Thread(target=die_with_parent, args=(os.getppid(),), daemon=True).start()
-    spec = json.loads(text)
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["WORLD_SIZE"])))
-    try:
-        found = TASKS[spec["task"]](spec)
-        Path(f"{spec['result']}-{os.environ['RANK']}").write_text(json.dumps(found))
-    except BaseException:
-        traceback.print_exc()
-        os._exit(1)
-    os._exit(0)  # not by the interpreter: some contestants leave threads that it would wait for
-
-
-# ------------------------------------------------------------------------------------------------ rounds and rows
 
 
 def launch(task: str, ranks: int, timeout_s: float, **spec: Any) -> list[Any]:
@@ -667,13 +198,14 @@ def contest(
 
 @dataclass(frozen=True)
 class Bar:
-    """What a figure may be at most, and what that was taken from."""
+    """What a figure may be at most, and what that was taken from. ``disk_s``: what the disk alone takes, idle."""
 
     figure: str
     found: Spread
     most: float
     source: str
     unit: str = "s"
+    disk_s: float = 0.0
 
     @property
     def ok(self) -> bool:
@@ -682,9 +214,11 @@ class Bar:
     def line(self) -> str:
         scale = {"s": 1.0, "ms": 1e3, "MB": 1e-6}[self.unit]
         unsure = ", too noisy to tell" if self.found.low <= self.most <= self.found.high else ""
+        if self.most < self.disk_s and not self.ok:
+            unsure = f", the disk alone: {self.disk_s:.2f} s"
         bar = f"{scale * self.most:.{2 if self.unit == 's' else 0}f} {self.unit}"
         verdict = ("ok" if self.ok else "MISSED") + unsure
-        return f"{self.figure:<42}{self.found.text(scale):>22} {self.unit:<2}  bar {bar:>9}   {verdict:<27} {self.source}"
+        return f"{self.figure:<42}{self.found.text(scale):>22} {self.unit:<2}  bar {bar:>9}   {verdict:<30} {self.source}"
 
 
 def bars_of(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace, ranks: int) -> list[Bar]:
@@ -695,26 +229,29 @@ def bars_of(runs: dict[str, list[dict[str, Any]]], options: argparse.Namespace, 
     write, read = (statistics.median(rates) for rates in zip(*options.disk, strict=True))
 
     asynchronous = [name for name in peers if kinds[name] == "async"]
+    dcp = [name for name in peers if name.startswith("dcp.")]
 
-    def best(figure: str, text: str, key: str, share: float, among: Iterable[str] = peers, unit: str = "s") -> list[Bar]:
+    def best(
+        figure: str, text: str, key: str, share: float, among: Iterable[str] = peers, unit: str = "s", disk: float = math.inf
+    ) -> list[Bar]:
         found = {name: peers[name][key].median for name in among if key in peers[name]}
         name = min(found, key=lambda name: found[name], default="")
         if not name:
             return []
         source = f"{share} × {text}: {found[name] * (1e3 if unit == 'ms' else 1):.3g} {unit}, {name}"
-        return [Bar(figure, ours[key], share * found[name], source, unit)]
+        return [Bar(figure, ours[key], share * found[name], source, unit, num_bytes / disk)]
 
     pool = options.pool_mb * 2**20 + ranks * 20e6
     bars = [
         Bar("time until save returns", ours["return"], 0.010, "", "ms"),
         Bar("stall of training", ours["stall"], 0.020, "return and fence, 1 s of compute between", "ms"),
         *best("training time added", "best peer's", "added", 0.25, unit="ms"),
-        *best("time until durable", "best peer's", "durable", 0.6),
-        *best("time until durable", "best asynchronous peer's", "durable", 0.35, asynchronous),
+        *best("time until durable", "best peer's", "durable", 0.6, disk=write),
+        *best("time until durable", "best asynchronous peer's", "durable", 0.35, asynchronous, disk=write),
         Bar("time until durable", ours["durable"], num_bytes / write / 0.75, f"75 % of the disk's {write / 1e9:.2f} GB/s"),
         *best("CPU seconds", "best asynchronous peer's", "cpu", 0.25, asynchronous),
         Bar("memory beyond the state", ours["memory"], pool, "pool + 20 MB a rank", "MB"),
-        *best("load, same layout", "best dcp.load", "load", 0.5, [name for name in peers if name.startswith("dcp.")]),
+        *best("load, same layout", "best dcp.load", "load", 0.5, dcp, disk=read),
         Bar("load, same layout", ours["load"], num_bytes / read / 0.7, f"70 % of the disk's {read / 1e9:.2f} GB/s"),
     ]
     return bars
@@ -740,7 +277,8 @@ def other_layout_bars(options: argparse.Namespace, folder: Path) -> list[Bar]:
     for layout, figure in (("whole", "load, rows of 4 → whole on 1"), ("columns", "load, rows of 4 → columns on 4")):
         ours, theirs = (spread(rows[name, layout], "load") for name in names)
         assert ours is not None and theirs is not None
-        bars.append(Bar(figure, ours, theirs.median / 2, f"0.5 × dcp.load's {theirs.text(1.0)}"))
+        source = f"0.5 × dcp.load's {theirs.text(1.0)}"
+        bars.append(Bar(figure, ours, theirs.median / 2, source, disk_s=num_bytes / read))
         bars.append(Bar(figure, ours, num_bytes / read / 0.7, f"70 % of the disk's {read / 1e9:.2f} GB/s"))
     return bars
 

@@ -46,7 +46,7 @@ struct EngineSettings {
     std::size_t slot_bytes = std::size_t{8} << 20;  // a multiple of `direct_alignment`
     int num_copiers = 1;
     int num_writers = 2;
-    int niceness = 10;               // of the threads of the engine
+    int niceness = 5;                // of the threads of the engine
     std::vector<int> cpus;           // that they may run on; empty: all
     double max_bytes_per_second = 0;  // over all writers; 0: no limit
     bool direct = true;              // past the page cache, where the file system can

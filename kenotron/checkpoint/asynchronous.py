@@ -69,7 +69,7 @@ class EngineSettings:
     slot_bytes: int = 8 << 20
     num_copiers: int = 1
     num_writers: int = 2
-    niceness: int = 10
+    niceness: int = 5
     cpus: tuple[int, ...] = ()
     max_bytes_per_s: float | None = None
     direct: bool = True
@@ -84,7 +84,7 @@ class EngineSettings:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
         if not 0 <= self.niceness <= 19:
-            raise ValueError(f"niceness={self.niceness} must be 0 to 19; 10 steps aside for training")
+            raise ValueError(f"niceness={self.niceness} must be 0 to 19; 5 steps aside for training")
         if not 0 <= self.checked_share <= 1:
             raise ValueError(f"checked_share={self.checked_share} must be 0 to 1; set 0.01")
         if self.max_bytes_per_s is not None and self.max_bytes_per_s <= 0:
@@ -122,6 +122,7 @@ class PendingSave:
         self._is_settled = threading.Event()
         self._snapshot: Snapshot | None = None
         self._sources: Sources | None = None
+        self._has_eager = False
         self._same: PendingSave | None = None
         self._identity: object = None
         self._written: tuple[Path, Checksums, str] | None = None  # the shard's final path, its checksums, who wrote it
@@ -145,12 +146,12 @@ class PendingSave:
             self._is_settled.set()
             return
         self._snapshot = engine.submit(layout.header, sources.native, sources)
-        self._sources = sources
+        self._sources, self._has_eager = sources, sources.has_eager
 
     def wait_eager(self) -> None:
         """Return when all that may change at any time has been copied: the end of the call."""
         snapshot = self._snapshot
-        if snapshot is not None:
+        if snapshot is not None and self._has_eager:
             snapshot.wait_eager()
         self.stats["call_s"] = time.perf_counter() - self._began
 

@@ -213,7 +213,8 @@ class _Part:
         self._metadata = {"format": "pt", "save_id": save_id}  # transformers insists on the first
         self.shard = f"shard-{rank + 1:05d}-of-{world_size:05d}.safetensors"
         self._pickles: dict[str, bytes] = {}
-        self._report: dict[str, Any] = {"tensors": {}}
+        self._states: dict[str, Any] = {}
+        self._described: list[tuple[str, torch.dtype, tuple[int, ...]]] = []
 
     @property
     def files(self) -> list[str]:
@@ -236,28 +237,26 @@ class _Part:
             sources.append(("state", "state/", "pickle-", state))
         for key, tensor_prefix, pickle_prefix, source in sources:
             if source is None:
-                self._report[key] = None
+                self._states[key] = None
                 continue
             found = Attachments(tensor_prefix=tensor_prefix, pickle_prefix=pickle_prefix)
-            self._report[key] = encode(dict(source), found, allow_pickle=allow_pickle)
+            self._states[key] = encode(dict(source), found, allow_pickle=allow_pickle)
             extra += [
                 LocalTensor.whole(name, tensor, (self._rank,), lazy=is_lazy(tensor)) for name, tensor in found.tensors.items()
             ]
             self._pickles |= found.pickles
         for tensor in (*tensors, *extra):
-            self._report["tensors"][tensor.name] = {
-                "dtype": dtype_name(tensor.tensor.dtype, tensor.name),
-                "shape": list(tensor.global_shape),
-                "pieces": [],
-            }
-            # A rule that every rank can follow alone; which of its holders is the least loaded none of them knows.
-            owners = sorted(tensor.owners)
-            if owners[zlib.crc32(tensor.name.encode()) % len(owners)] == self._rank:
+            dtype_name(tensor.tensor.dtype, tensor.name)  # raises here, not on the worker
+            self._described.append((tensor.name, tensor.tensor.dtype, tensor.global_shape))
+            if _writer_of(tensor) == self._rank:
                 entries += _entries_of(tensor)
         return lay_out(entries, self._metadata)
 
     def write(self, folder: Path, layout: ShardLayout, write: Callable[[Path, ShardLayout], Checksums]) -> dict[str, Any]:
         """Write the files durably and return the report."""
+        told: dict[str, Any] = {
+            name: {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "pieces": []} for name, dtype, shape in self._described
+        }
         checksums = write(folder / self.shard, layout)
         for entry, (begin, end), crcs in zip(layout.entries, layout.ranges, checksums, strict=True):
             piece = StoredPiece(
@@ -268,11 +267,18 @@ class _Part:
                 shape=tuple(entry.data.shape),
                 crc32c=tuple(crcs),
             )
-            self._report["tensors"][entry.name]["pieces"].append(piece.to_json())
+            told[entry.name]["pieces"].append(piece.to_json())
         for name, data in self._pickles.items():
             write_durably(folder / name, data)
         sizes = {name: len(data) for name, data in self._pickles.items()}
-        return self._report | {"files": {self.shard: layout.num_bytes} | sizes}
+        return self._states | {"tensors": told, "files": {self.shard: layout.num_bytes} | sizes}
+
+
+def _writer_of(tensor: LocalTensor) -> int:
+    """Return the owner that writes it: by a rule that every rank can follow alone. Whose load is least none of them knows."""
+    if len(tensor.owners) == 1:
+        return tensor.owners[0]
+    return sorted(tensor.owners)[zlib.crc32(tensor.name.encode()) % len(tensor.owners)]
 
 
 def _entries_of(tensor: LocalTensor) -> list[ShardEntry]:

@@ -21,6 +21,7 @@ class Sources:
 
     Attributes:
         native: one for each entry.
+        has_eager: whether the engine must copy some before the call returns.
         identity: equal to that of sources of the same layout which hold the same bytes, unless a fence came between them;
             None where that cannot be told.
 
@@ -54,6 +55,7 @@ class Sources:
                 identity.append(what)
             self._held.append(tensor)
             self.native.append(_native(tensor, is_eager))
+        self.has_eager = any(is_eager for _, _, _, is_eager, _, _ in self.native)
         self.identity = identity
 
     def have_changed(self) -> bool:
@@ -71,9 +73,9 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
         tensor = tensor.resolve_conj()
     if tensor.is_neg():
         tensor = tensor.resolve_neg()
-    if tensor.is_cuda:
-        return tensor if tensor.is_contiguous() else tensor.contiguous()
-    return tensor if tensor.is_cpu else tensor.cpu()
+    if tensor.is_cpu:
+        return tensor
+    return tensor.contiguous() if tensor.is_cuda else tensor.cpu()
 
 
 def _native(tensor: torch.Tensor, is_eager: bool) -> NativeSource:
@@ -82,7 +84,7 @@ def _native(tensor: torch.Tensor, is_eager: bool) -> NativeSource:
         dims = [(tensor.numel(), size)]
     else:
         dims = [(extent, stride * size) for extent, stride in zip(tensor.shape, tensor.stride(), strict=True)]
-    if tensor.is_cuda:
-        stream = torch.cuda.current_stream(tensor.device)
-        return tensor.data_ptr(), dims, size, is_eager, tensor.device.index, stream.cuda_stream
-    return tensor.data_ptr(), dims, size, is_eager, -1, 0
+    if tensor.is_cpu:
+        return tensor.data_ptr(), dims, size, is_eager, -1, 0
+    stream = torch.cuda.current_stream(tensor.device)
+    return tensor.data_ptr(), dims, size, is_eager, tensor.device.index, stream.cuda_stream

@@ -63,6 +63,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankPool]:
         yield pool
 
 
+@pytest.fixture
+def memory(tmp_path: Path) -> Iterator[Path]:
+    """A folder on a file system in memory, where there is one: hundreds of saves wait for no disk."""
+    if not os.access("/dev/shm", os.W_OK):
+        yield tmp_path
+        return
+    with tempfile.TemporaryDirectory(dir="/dev/shm", prefix="faults-") as folder:
+        yield Path(folder)
+
+
 # ------------------------------------------------------------------------------------------------------- in the server
 
 
@@ -203,8 +213,8 @@ def strike(server: RankPool, folder: Path, name: str, **fault: str) -> list[tupl
 
 
 @pytest.mark.parametrize("name", ["a", "b"], ids=["replacing", "beside"])
-def test_a_call_that_fails_costs_no_checkpoint_and_is_told(server: RankPool, tmp_path: Path, name: str) -> None:
-    struck = strike(server, tmp_path / "f", name, FAULT_ACTION="fail", FAULT_ERRNO=str(errno.EIO))
+def test_a_call_that_fails_costs_no_checkpoint_and_is_told(server: RankPool, memory: Path, name: str) -> None:
+    struck = strike(server, memory / "f", name, FAULT_ACTION="fail", FAULT_ERRNO=str(errno.EIO))
     assert len(struck) > 40
     for call, is_published, outcome in struck:
         told = outcome.told
@@ -212,39 +222,39 @@ def test_a_call_that_fails_costs_no_checkpoint_and_is_told(server: RankPool, tmp
         assert outcome.holds[name] == 3.0, call  # the next save works,
         assert told["leftovers"] == [], call  # and removes what is left
         if told["error"] is None and not is_published:  # the call itself looks what stands there; so does the worker
-            assert call == f"close {tmp_path}/f/a/manifest.json"
+            assert call == f"close {memory}/f/a/manifest.json"
             assert told["then"] == {"a": 2.0}, call
         elif not is_published:
-            assert f"saving {tmp_path}/f/{name} failed on rank 0: OSError: [Errno 5]" in told["error"], call
+            assert f"saving {memory}/f/{name} failed on rank 0: OSError: [Errno 5]" in told["error"], call
             assert os.strerror(errno.EIO) in told["error"], call
             assert told["then"] == {"a": 1.0}, call
         elif told["error"]:  # it stands there, and may not have outlived a crash of the machine
-            assert call in (f"fsync {tmp_path}/f", f"close {tmp_path}/f")
+            assert call in (f"fsync {memory}/f", f"close {memory}/f")
             assert told["then"][name] == 2.0, call
-        elif call.startswith(f"rename {tmp_path}/f/a"):
+        elif call.startswith(f"rename {memory}/f/a"):
             assert told["then"] == {"a": 1.0, name: 2.0}, call
-            assert any(f"{tmp_path}/f/a" in text and "not removed" in text for text in told["warnings"])
+            assert any(f"{memory}/f/a" in text and "not removed" in text for text in told["warnings"])
         else:
             assert told["then"] == {name: 2.0}, call
 
 
 @pytest.mark.parametrize("name", ["a", "b"], ids=["replacing", "beside"])
-def test_a_disk_that_stays_full_costs_no_checkpoint(server: RankPool, tmp_path: Path, name: str) -> None:
+def test_a_disk_that_stays_full_costs_no_checkpoint(server: RankPool, memory: Path, name: str) -> None:
     full = {"FAULT_ERRNO": str(errno.ENOSPC), "FAULT_TIMES": "1000000", "FAULT_CALLS": THAT_NEED_ROOM}
-    struck = strike(server, tmp_path / "f", name, FAULT_ACTION="fail", **full)
+    struck = strike(server, memory / "f", name, FAULT_ACTION="fail", **full)
     assert {call.split()[0] for call, _, _ in struck} == set(THAT_NEED_ROOM.split())
     for call, _, outcome in struck:
         assert "No space left on device" in outcome.told["error"], call
-        assert f"saving {tmp_path}/f/{name} failed" in outcome.told["error"], call
+        assert f"saving {memory}/f/{name} failed" in outcome.told["error"], call
         assert outcome.told["then"] == {"a": 1.0}, call
         assert outcome.holds[name] == 3.0, call
         assert outcome.told["leftovers"] == [], call
 
 
-def test_writes_that_are_cut_short_are_carried_on(server: RankPool, tmp_path: Path) -> None:
+def test_writes_that_are_cut_short_are_carried_on(server: RankPool, memory: Path) -> None:
     for calls in (" pwrite ", " write "):
         for times in ("1", "1000000"):
-            struck = strike(server, tmp_path / "f", "a", FAULT_ACTION="short", FAULT_CALLS=calls, FAULT_TIMES=times)
+            struck = strike(server, memory / "f", "a", FAULT_ACTION="short", FAULT_CALLS=calls, FAULT_TIMES=times)
             assert len(struck) >= 3
             for call, _, outcome in struck:
                 assert outcome.told["error"] is None, call
@@ -252,17 +262,17 @@ def test_writes_that_are_cut_short_are_carried_on(server: RankPool, tmp_path: Pa
 
 
 @pytest.mark.parametrize("code", [errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL])
-def test_a_file_system_that_cannot_reserve_or_exchange_will_do(server: RankPool, tmp_path: Path, code: int) -> None:
+def test_a_file_system_that_cannot_reserve_or_exchange_will_do(server: RankPool, memory: Path, code: int) -> None:
     options = {"FAULT_ACTION": "fail", "FAULT_ERRNO": str(code), "FAULT_TIMES": "1000000"}
     fault = {"FAULT_AT": "1", "FAULT_CALLS": " fallocate ", **options}
-    (outcome,) = server.run(after_each, 1, [fault], tmp_path / "f", three_saves, "a")[0]
+    (outcome,) = server.run(after_each, 1, [fault], memory / "f", three_saves, "a")[0]
     assert outcome.told["error"] is None
     assert outcome.told["then"] == {"a": 2.0}
     # The exchange fails once; two renames take its place.
-    renames = calls_of(server, tmp_path / "f", three_saves, "a", calls=" rename ")
-    at = renames.index(f"rename {tmp_path}/f/.a.s2.partial") + 1
+    renames = calls_of(server, memory / "f", three_saves, "a", calls=" rename ")
+    at = renames.index(f"rename {memory}/f/.a.s2.partial") + 1
     fault = {"FAULT_AT": str(at), "FAULT_CALLS": " rename ", **options, "FAULT_TIMES": "1"}
-    (outcome,) = server.run(after_each, 1, [fault], tmp_path / "f", three_saves, "a")[0]
+    (outcome,) = server.run(after_each, 1, [fault], memory / "f", three_saves, "a")[0]
     assert outcome.told["error"] is None
     assert outcome.told["then"] == {"a": 2.0}
 
@@ -301,10 +311,10 @@ def test_a_link_that_cannot_be_made_is_a_copy_and_one_that_fails_costs_one_check
 
 @pytest.mark.parametrize("name", ["a", "b"], ids=["replacing", "beside"])
 def test_a_save_that_is_killed_at_any_call_leaves_the_former_or_the_new_checkpoint(
-    server: RankPool, tmp_path: Path, name: str
+    server: RankPool, memory: Path, name: str
 ) -> None:
-    before = strike(server, tmp_path / "f", name, FAULT_ACTION="kill-before")
-    after = strike(server, tmp_path / "f", name, FAULT_ACTION="kill-after", FAULT_CALLS=" rename link ")
+    before = strike(server, memory / "f", name, FAULT_ACTION="kill-before")
+    after = strike(server, memory / "f", name, FAULT_ACTION="kill-after", FAULT_CALLS=" rename link ")
     for call, is_published, outcome in before:
         assert outcome.signal == signal.SIGKILL, call
         if not is_published:
@@ -371,8 +381,8 @@ FOR_TWO = [
 
 
 @pytest.mark.parametrize("struck", [0, 1])
-def test_a_fault_on_one_of_two_ranks_is_told_on_both(server: RankPool, tmp_path: Path, struck: int) -> None:
-    folder = tmp_path / "f"
+def test_a_fault_on_one_of_two_ranks_is_told_on_both(server: RankPool, memory: Path, struck: int) -> None:
+    folder = memory / "f"
     faults = [
         {"FAULT_FOLDER": f"{folder}/.a.s2.partial/{name}", "FAULT_CALLS": f" {call} ", "FAULT_AT": "1", "FAULT_ACTION": action}
         for name, call, action in FOR_TWO
