@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from kenotron.checkpoint import Checkpointer
+from kenotron.checkpoint import Checkpointer, Nodes
 from kenotron.layout import ParallelLayout
 from kenotron.parallel.apply import Parallelized
 from kenotron.parallel.random import RandomStreams
@@ -36,6 +36,7 @@ class StrategyBase(_LightningStrategy):
     _layout: ParallelLayout | None
     _checkpoint_settings: CheckpointSettings
     _held_checkpointer: Checkpointer | None
+    _nodes: Nodes | None
     _mesh: DeviceMesh | None
     _dp_group: dist.ProcessGroup
     _host_pp_group: dist.ProcessGroup

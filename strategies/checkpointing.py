@@ -43,12 +43,14 @@ def save_training(
     world_size: int,
     save_id: str,
     settings: CheckpointSettings,
+    nodes: checkpoints.Nodes | None,
     rank_state: Mapping[str, Any],
     handling_exception: bool,
 ) -> None:
     """Begin to write Lightning's ``checkpoint`` and this rank's tensors; all ranks call it.
 
     Args:
+        nodes: where these share no file system.
         handling_exception: other ranks may be gone, so they are not waited for for long.
     """
     values = dict(checkpoint)
@@ -76,6 +78,7 @@ def save_training(
         allow_pickle=settings.allow_pickle,
         timeout_s=settings.timeout_s,
         aliases=state.aliases(),
+        nodes=nodes,
         start_timeout_s=settings.exception_timeout_s if handling_exception and world_size > 1 else None,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch.optim import Optimizer
 
 from kenotron import checkpoint as checkpoints
@@ -53,6 +54,7 @@ class Persistence(StrategyBase):
             world_size=self.world_size,
             save_id=self._next_save_id(),
             settings=self._checkpoint_settings,
+            nodes=self._nodes,
             handling_exception=self._is_failing,
             rank_state={"random": random_state(self.root_device), "streams": self._streams_state()},
         )
@@ -63,10 +65,21 @@ class Persistence(StrategyBase):
         """Remove a checkpoint, once one that was begun later is published."""
         if self._uses_foreign_io:
             super().remove_checkpoint(filepath)
-        elif self.is_global_zero:
+        elif self._leads_checkpoints:
             self.checkpointer.remove(filepath)
             if not self.checkpointer.is_training:
                 self.checkpointer.wait()
+
+    @property
+    def _leads_checkpoints(self) -> bool:
+        """Whether this rank removes checkpoints: the first of all, or of its node where nodes share no file system."""
+        return self.is_global_zero if self._nodes is None else self.global_rank == self._nodes.ranks[0]
+
+    def _exchange(self, own: Any) -> list[Any]:
+        """Return what each rank passes."""
+        found: list[Any] = [None] * self.world_size
+        dist.all_gather_object(found, own)
+        return found
 
     def _links_to_last(self) -> bool:
         """Whether a callback makes a link to the checkpoint as soon as the call returns: it must not dangle."""
@@ -77,6 +90,8 @@ class Persistence(StrategyBase):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if self._held_checkpointer is not None:
             self._held_checkpointer.wait()
+        if self._nodes is not None:
+            checkpoint_path = checkpoints.common_path(checkpoint_path, self._exchange)
         if self._uses_foreign_io or not checkpoints.is_checkpoint(checkpoint_path):
             loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
             if loaded.get("optimizer_states") and self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING:

@@ -34,6 +34,8 @@ class CheckpointSettings:
             the end of ``fit`` waits for it. Before the first optimizer step and after ``fit`` every save is waited for.
         on_error: what a save that failed in the background does: ``"raise"`` at the next save or at the end of ``fit``, or
             ``"warn"`` and train on.
+        node_local: the nodes share no file system, or have faster disks of their own: each stores what its ranks hold, all
+            publish or none does. To load on another layout, bring the parts together: ``kenotron checkpoint merge``.
         engine: memory, threads and bandwidth that writing may use.
     """
 
@@ -42,4 +44,5 @@ class CheckpointSettings:
     exception_timeout_s: float = 5.0
     asynchronous: bool = True
     on_error: Literal["raise", "warn"] = "raise"
+    node_local: bool = False
     engine: EngineSettings = field(default_factory=EngineSettings)

@@ -7,7 +7,7 @@ name in the whole module.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -30,13 +30,22 @@ class CheckpointState:
 
     Args:
         done: the sharded module. optimizers: none in evaluation. layout: resolved. rank: of this process.
+        sharing: the ranks whose checkpoints are on the same file system; None for all.
     """
 
-    def __init__(self, done: Parallelized, optimizers: Sequence[Optimizer], layout: ParallelLayout, rank: int) -> None:
+    def __init__(
+        self,
+        done: Parallelized,
+        optimizers: Sequence[Optimizer],
+        layout: ParallelLayout,
+        rank: int,
+        sharing: Sequence[int] | None = None,
+    ) -> None:
         self._done = done
         self._optimizers = optimizers
         self._layout = layout
         self._where = layout.coordinates(rank)
+        self._sharing = sharing if sharing is not None else range(layout.world_size)
 
     def layout_sizes(self) -> dict[str, int]:
         """Return what random states of ranks depend on: the size of each axis."""
@@ -63,7 +72,7 @@ class CheckpointState:
                 lazy = local(value).data_ptr() == local(params[key]).data_ptr()
                 yield self._boxed(_MODEL + key, key, value, lazy=lazy)
             else:
-                owner = self._first_rank_of_stage(name) if name in buffers else 0
+                owner = self._first(self._ranks_of_stage(name) if name in buffers else self._sharing)
                 yield LocalTensor.whole(_MODEL + name, local(value), owners=(owner,))
 
     def aliases(self) -> dict[str, str]:
@@ -193,7 +202,7 @@ class CheckpointState:
         full_name = f"optimizer.{index}/{name}/{key}"
         if value.shape == param.shape:
             return self._boxed(full_name, name, value, lazy=True)
-        return LocalTensor.whole(full_name, local(value), owners=(min(self._all_holders(name)),), lazy=True)
+        return LocalTensor.whole(full_name, local(value), owners=(self._first(self._all_holders(name)),), lazy=True)
 
     def _own_parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
         own = {id(param): name for name, param in self._done.named_parameters().items()}
@@ -233,10 +242,15 @@ class CheckpointState:
         stages = self._done.shards.holders.get(name, (self._where.pp,))
         return [layout.rank_at(pp, *rest) for pp in stages for rest in itertools.product(*map(range, layout.sizes[1:]))]
 
-    def _first_rank_of_stage(self, name: str) -> int:
+    def _ranks_of_stage(self, name: str) -> list[int]:
+        """Return the ranks that have a buffer: those of this stage, or all."""
         cut = self._done.cut
-        stage = cut.stage_of(name) if cut else None
-        return self._layout.rank_at(0 if stage is None else self._where.pp, 0, 0, 0, 0)
+        stages = range(self._layout.pp) if cut is None or cut.stage_of(name) is None else (self._where.pp,)
+        return [self._layout.rank_at(*where) for where in itertools.product(stages, *map(range, self._layout.sizes[1:]))]
+
+    def _first(self, ranks: Iterable[int]) -> int:
+        """Return which of several ranks writes what all of them hold, for those that share its file system."""
+        return min(rank for rank in ranks if rank in self._sharing)
 
 
 def pieces_of(shard: TensorShard, rows: tuple[int, int] | None) -> Iterator[Piece]:

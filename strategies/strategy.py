@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
-from kenotron.checkpoint import Checkpointer, remove_leftovers
+from kenotron.checkpoint import Checkpointer, Nodes, recover, remove_leftovers
 from kenotron.layout import ParallelLayout, ZeroStage
 from kenotron.parallel import pipeline as pipelines
 from kenotron.parallel._torch import default_store, flatten
@@ -117,6 +117,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._group_settings = process_group or ProcessGroupSettings()
         self._checkpoint_settings = checkpoint or CheckpointSettings()
         self._held_checkpointer: Checkpointer | None = None
+        self._nodes: Nodes | None = None
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -156,9 +157,19 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             self._dp_group = flatten(self._mesh, "dp_replicate", "dp_shard", name="dp").get_group()
             self._host_pp_group = self._host_group()
         store = default_store()
+        self._nodes = self._find_nodes(store)
         self._monitor = RankMonitor(store, self.global_rank, self.world_size, name=str(next(_monitors)))
         _lightning.set_device_mesh(self._user_module, self._mesh)
         self._agree_on_seed()
+
+    def _find_nodes(self, store: dist.Store) -> Nodes | None:
+        """Return how nodes agree on checkpoints, where each has a file system of its own."""
+        if not self._checkpoint_settings.node_local or self.num_nodes == 1:
+            return None
+        first = self.global_rank - self.local_rank
+        ranks = tuple(range(first, first + self.num_processes))
+        clone: dist.Store = store.clone()  # type: ignore[attr-defined]  # the engine's worker asks it
+        return Nodes(store=clone, index=self.node_rank, count=self.num_nodes, ranks=ranks)
 
     def _host_group(self) -> dist.ProcessGroup:
         """Return this pipeline's group for data on the host."""
@@ -205,7 +216,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             self._check_checkpoint_paths(trainer)
             self._prepare_checkpoints(trainer)
             self.setup_optimizers(trainer)
-        self._state = CheckpointState(self._done, self.optimizers, self.layout, self.global_rank)
+        sharing = None if self._nodes is None else self._nodes.ranks
+        self._state = CheckpointState(self._done, self.optimizers, self.layout, self.global_rank, sharing)
         self.setup_precision_plugin()
         if fitting:
             self.names.optimizers_to_device(self.optimizers, self.root_device)
@@ -246,10 +258,12 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         if self._uses_foreign_io:
             return
         self.checkpointer.guard_optimizers()
-        if not self.is_global_zero:
-            return
-        folders = {getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks}
+        folders = dict.fromkeys(getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks)
         for folder in filter(None, folders):
+            for restored in recover(Path(folder), self._exchange, leads=self._leads_checkpoints) if self._nodes else ():
+                _lightning.warn(self.names, f"Published {restored}, as on the other nodes: the run before died over it.")
+            if not self._leads_checkpoints:
+                continue
             for leftover in remove_leftovers(Path(folder)):
                 _lightning.warn(self.names, f"Removed {leftover}: a save that died before it was published.")
 

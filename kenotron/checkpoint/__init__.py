@@ -12,6 +12,7 @@ from kenotron.checkpoint.errors import (
     MismatchError,
     NotACheckpointError,
     NotPublishedError,
+    OnOtherNodeError,
     PickleRefusedError,
     RanksMissingError,
     RankStateMissingError,
@@ -24,8 +25,10 @@ from kenotron.checkpoint.errors import (
 )
 from kenotron.checkpoint.format import LocalTensor, Piece
 from kenotron.checkpoint.load import load_into, load_rank_state, load_state, load_state_dict
-from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, is_checkpoint, read_manifest
+from kenotron.checkpoint.manifest import Manifest, NodePart, StoredPiece, StoredTensor, is_checkpoint, read_manifest
 from kenotron.checkpoint.meeting import remove_leftovers
+from kenotron.checkpoint.merge import merge
+from kenotron.checkpoint.nodes import Nodes, common_path, recover
 from kenotron.checkpoint.save import save
 from kenotron.checkpoint.verify import Damage, FileReport, VerifyReport, verify
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
@@ -45,8 +48,11 @@ __all__ = [
     "Manifest",
     "ManifestDamagedError",
     "MismatchError",
+    "NodePart",
+    "Nodes",
     "NotACheckpointError",
     "NotPublishedError",
+    "OnOtherNodeError",
     "PendingSave",
     "PickleRefusedError",
     "Piece",
@@ -63,12 +69,15 @@ __all__ = [
     "UnsafeFileNameError",
     "VerifyReport",
     "VersionTooNewError",
+    "common_path",
     "is_checkpoint",
     "load_into",
     "load_rank_state",
     "load_state",
     "load_state_dict",
+    "merge",
     "read_manifest",
+    "recover",
     "remove_leftovers",
     "save",
     "verify",

@@ -39,6 +39,7 @@ from kenotron.checkpoint.errors import CheckpointError, SaveFailedError
 from kenotron.checkpoint.format import LocalTensor, ShardLayout, unpublished
 from kenotron.checkpoint.guard import OptimizerGuard
 from kenotron.checkpoint.manifest import is_checkpoint
+from kenotron.checkpoint.nodes import Nodes
 from kenotron.checkpoint.save import Checksums, SaveAttempt, check_replaceable, remove_tree
 from kenotron.checkpoint.sources import Sources
 
@@ -297,6 +298,7 @@ class Checkpointer:
         timeout_s: float = 600.0,
         start_timeout_s: float | None = None,
         aliases: Mapping[str, str] | None = None,
+        nodes: Nodes | None = None,
         is_lazy: Callable[[torch.Tensor], bool] = lambda tensor: False,
     ) -> PendingSave:
         """Begin to save together with the other ranks, and return.
@@ -320,12 +322,13 @@ class Checkpointer:
             timeout_s=timeout_s,
             start_timeout_s=start_timeout_s,
             aliases=aliases,
+            nodes=nodes,
         )
         pending = PendingSave(attempt)
         refused: BaseException | None = None
         layout: ShardLayout | None = None
         try:
-            if rank == 0:
+            if attempt.leads:
                 with contextlib.suppress(OSError):  # the worker looks again, and its failures are told as `on_error` says
                     check_replaceable(attempt.path)
             layout = attempt.gather(tensors, state, rank_state, allow_pickle=allow_pickle, is_lazy=is_lazy)

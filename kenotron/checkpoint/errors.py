@@ -59,6 +59,10 @@ class UnpicklingError(CheckpointError):
     """A pickle is intact and fails to load, as when its class has moved."""
 
 
+class OnOtherNodeError(CheckpointError):
+    """What was asked for lies on another node, whose file system is not this one's."""
+
+
 class RankStateMissingError(CheckpointError):
     """The state of a rank was asked for that did not take part in the save."""
 

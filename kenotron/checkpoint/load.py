@@ -16,18 +16,20 @@ from typing import Any
 import torch
 
 from kenotron.callbacks_native import PieceToRead, ReadError, read_pieces
-from kenotron.checkpoint.boxes import Box, intersect
+from kenotron.checkpoint.boxes import Box, find_flaw, intersect, whole
 from kenotron.checkpoint.errors import (
     ChecksumError,
     DtypeMismatchError,
     FileSizeError,
+    ManifestDamagedError,
     MismatchError,
+    OnOtherNodeError,
     RankStateMissingError,
     ShapeMismatchError,
     TensorMissingError,
 )
 from kenotron.checkpoint.format import CHUNK_BYTES, RESERVED_PREFIXES, LocalTensor, box_of
-from kenotron.checkpoint.manifest import Manifest, StoredPiece, check_file_size, read_manifest
+from kenotron.checkpoint.manifest import Manifest, NodePart, StoredPiece, check_file_size, read_manifest
 from kenotron.checkpoint.values import decode
 
 Source = str | os.PathLike[str] | Manifest
@@ -36,6 +38,7 @@ Source = str | os.PathLike[str] | Manifest
 _STAGING_BYTES = 256 << 20
 #: Where parts begin in the staging buffer: at a multiple of any item's size.
 _STAGING_ALIGNMENT = 64
+_MERGE = "Load on the layout that saved it, or bring the parts together: kenotron checkpoint merge OUT PART..."
 
 
 def load_into(source: Source, tensors: Sequence[LocalTensor], *, strict: bool = True, cast: bool = False) -> list[str]:
@@ -53,13 +56,16 @@ def load_into(source: Source, tensors: Sequence[LocalTensor], *, strict: bool = 
     Raises:
         MismatchError: tensors are missing or have another shape or dtype; the text lists all of them. When all are of
             one kind it is a TensorMissingError, ShapeMismatchError or DtypeMismatchError. Nothing was filled.
+        OnOtherNodeError: it is one node's part, and what is wanted lies on another node. Nothing was filled.
         CheckpointError: the checkpoint is damaged (see ``read_manifest``; ChecksumError). What was filled is undefined.
         OSError: the device or the file system failed.
     """
     manifest = _manifest_of(source)
     _raise_mismatches(manifest, _mismatches(manifest, tensors, strict=strict, cast=cast))
     missing = [tensor.name for tensor in tensors if tensor.name not in manifest.tensors]
-    _fill(manifest, [part for tensor in tensors if tensor.name in manifest.tensors for part in _plan(manifest, tensor)])
+    there = [tensor for tensor in tensors if tensor.name in manifest.tensors]
+    _check_here(manifest, ((tensor.name, Box(piece.offset, piece.shape)) for tensor in there for piece in tensor.pieces))
+    _fill(manifest, [part for tensor in there for part in _plan(manifest, tensor)])
     return missing
 
 
@@ -80,11 +86,14 @@ def load_rank_state(source: Source, rank: int, *, allow_pickle: bool = False) ->
 
     Raises:
         RankStateMissingError: fewer ranks took part in the save; a layout that has grown must make its own.
+        OnOtherNodeError: the rank saved it on another node.
         PickleRefusedError, CheckpointError: as ``load_state``.
     """
     manifest = _manifest_of(source)
     if not 0 <= rank < manifest.world_size:
         raise RankStateMissingError(f"{manifest.path} was saved by {manifest.world_size} ranks and has no state of rank {rank}")
+    if manifest.node is not None and rank not in manifest.node.ranks:
+        raise OnOtherNodeError(f"{manifest.path} is {_whose(manifest.node)}; the state of rank {rank} is elsewhere. {_MERGE}")
     state: dict[str, Any] | None = _decode(manifest, manifest.rank_states[rank], f"rank_state/{rank}/", allow_pickle)
     return state
 
@@ -128,9 +137,32 @@ def _decode(manifest: Manifest, node: Any, tensor_prefix: str, allow_pickle: boo
 def _load_whole(manifest: Manifest, names: Iterable[str]) -> dict[str, torch.Tensor]:
     # The manifest's shapes can be allocated: they were checked against the bytes that are there.
     stored = {name: manifest.tensors[name] for name in names}
+    _check_here(manifest, ((name, whole(tensor.shape)) for name, tensor in stored.items()))
     tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in stored.items()}
     load_into(manifest, [LocalTensor.whole(name, tensor) for name, tensor in tensors.items()])
     return tensors
+
+
+def _check_here(manifest: Manifest, wanted: Iterable[tuple[str, Box]]) -> None:
+    """Raise ``OnOtherNodeError`` where a node's part does not hold all of what is wanted."""
+    if manifest.node is None:  # whole, which was checked when it was read
+        return
+    elsewhere = []
+    for name, box in wanted:
+        found = [common for piece in manifest.tensors[name].pieces if (common := intersect(box, piece.box)) is not None]
+        held = [Box(tuple(at - start for at, start in zip(b.offset, box.offset, strict=True)), b.shape) for b in found]
+        flaw = find_flaw(held, box.shape)
+        if flaw is not None and flaw[1] > 1:
+            raise ManifestDamagedError(f"{manifest.path} contradicts itself: an element of {name} is stored {flaw[1]} times")
+        if flaw is not None:
+            elsewhere.append(name)
+    if elsewhere:
+        shown = ", ".join(elsewhere[:3]) + (f" and {len(elsewhere) - 3} more" if len(elsewhere) > 3 else "")
+        raise OnOtherNodeError(f"{manifest.path} is {_whose(manifest.node)} and lacks what is wanted of {shown}. {_MERGE}")
+
+
+def _whose(node: NodePart) -> str:
+    return f"the part of node {node.index} of {node.count} (ranks {', '.join(map(str, node.ranks))})"
 
 
 def _mismatches(

@@ -2,7 +2,8 @@
 
 A manifest that ``read_manifest`` returns can be trusted with allocations: each tensor's pieces tile its shape, and
 their byte ranges lie apart from one another inside files whose sizes were looked up. So nothing that is sized by it is
-larger than what is really on the disk.
+larger than what is really on the disk. Where the directory is one node's part, pieces leave holes, and loading checks
+before it allocates.
 """
 
 from __future__ import annotations
@@ -114,6 +115,29 @@ class StoredTensor:
         )
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NodePart:
+    """Whose part of a checkpoint a directory holds, where nodes share no file system.
+
+    Args:
+        index: of the node. count: of all nodes. ranks: of this node.
+    """
+
+    index: int
+    count: int
+    ranks: tuple[int, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return its form in the manifest."""
+        return {"index": self.index, "count": self.count, "ranks": list(self.ranks)}
+
+    @staticmethod
+    def from_json(node: Mapping[str, Any]) -> NodePart:
+        """Read the form that ``to_json`` returns."""
+        index, count = _integers([node["index"], node["count"]])
+        return NodePart(index=index, count=count, ranks=_integers(node["ranks"]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Manifest:
     """All that is known of a checkpoint without reading its data.
@@ -128,6 +152,8 @@ class Manifest:
         rank_states: the encoded state of each rank, None where it had none.
         aliases: further names of stored tensors (tied weights) -> the name that they are stored under.
         origins: shards that are linked to those of another checkpoint -> the ``save_id`` that their headers hold.
+        is_merged: it was made of the parts of nodes, whose shards may hold more than is listed: the same boxes again.
+        node: None where the directory holds everything; else it holds what this node's ranks have, and pieces leave holes.
     """
 
     path: Path
@@ -139,6 +165,8 @@ class Manifest:
     rank_states: tuple[Any, ...]
     aliases: Mapping[str, str] = field(default_factory=dict)
     origins: Mapping[str, str] = field(default_factory=dict)
+    is_merged: bool = False
+    node: NodePart | None = None
 
     def to_bytes(self) -> bytes:
         """Return the content of ``manifest.json``, which ends in the checksum of all that precedes it."""
@@ -154,6 +182,8 @@ class Manifest:
                 "rank_states": self.rank_states,
                 "aliases": self.aliases,
                 **({"origins": self.origins} if self.origins else {}),
+                **({"merged": True} if self.is_merged else {}),
+                **({"node": self.node.to_json()} if self.node is not None else {}),
             },
             separators=(",", ":"),
             allow_nan=False,
@@ -257,6 +287,8 @@ def parse_manifest(data: bytes, path: Path) -> Manifest:
             rank_states=tuple(node["rank_states"]),
             aliases={_text(name): _text(stored) for name, stored in node.get("aliases", {}).items()},
             origins={_text(file): _text(save_id) for file, save_id in node.get("origins", {}).items()},
+            is_merged=node.get("merged", False) is True,
+            node=NodePart.from_json(node["node"]) if "node" in node else None,
         )
         _check(manifest)
     except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as error:
@@ -277,8 +309,13 @@ def _check(manifest: Manifest) -> None:
         raise ValueError(f"origins of files that are not listed: {manifest.origins!r:.200}")
     if len(manifest.rank_states) != manifest.world_size:
         raise ValueError(f"{len(manifest.rank_states)} rank states for a world of {manifest.world_size}")
+    if manifest.node is not None:
+        _check_node(manifest.node, manifest.world_size)
     for name, tensor in manifest.tensors.items():
         _check_tensor(name, tensor)
+        flaw = None if manifest.node is not None else find_flaw([piece.box for piece in tensor.pieces], tensor.shape)
+        if flaw is not None:
+            raise ValueError(f"element {flaw[0]} of {name} is stored {flaw[1]} times")
     ranges: defaultdict[str, list[tuple[int, int, str]]] = defaultdict(list)
     for name, tensor in manifest.tensors.items():
         for piece in tensor.pieces:
@@ -307,9 +344,11 @@ def _check_tensor(name: str, tensor: StoredTensor) -> None:
             raise ValueError(f"a piece of {name} at {piece.offset} has {len(piece.crc32c)} checksums")
         if min(piece.crc32c) < 0 or max(piece.crc32c) >= 2**32:
             raise ValueError(f"a piece of {name} at {piece.offset} has a checksum that is none")
-    flaw = find_flaw([piece.box for piece in tensor.pieces], tensor.shape)
-    if flaw is not None:
-        raise ValueError(f"element {flaw[0]} of {name} is stored {flaw[1]} times")
+
+
+def _check_node(node: NodePart, world_size: int) -> None:
+    if not 0 <= node.index < node.count or not node.ranks or not all(0 <= rank < world_size for rank in node.ranks):
+        raise ValueError(f"node {node.index} of {node.count} with the ranks {node.ranks[:8]} in a world of {world_size}")
 
 
 def _is_possible(shape: tuple[int, ...]) -> bool:

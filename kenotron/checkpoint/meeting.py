@@ -8,6 +8,9 @@ without a limit and nothing needs a process group. In ``.<name>.<save id>.partia
 - ``report-NNNNN.json``: what rank N has written, durably.
 - ``verdict.json``: made by a hard link, so that there is exactly one: rank 0's "publish" once all has been checked, or
   the failure of whichever rank came first. All ranks raise that failure, with its text.
+
+Where nodes share no file system, the ranks of each node meet so in a folder of their own, with the first of them in rank
+0's place, and these agree as ``nodes.py`` tells.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +32,11 @@ from kenotron.checkpoint.errors import CoverageError, RanksMissingError, SaveFai
 from kenotron.checkpoint.format import MANIFEST, unpublished, unpublished_name
 from kenotron.checkpoint.manifest import head
 
-_CONTROL = "control"
+CONTROL = "control"
 _LOCK = "lock"
 _VERDICT = "verdict.json"
 _PUBLISH: dict[str, str] = {"publish": "yes"}
+_PERHAPS = "perhaps"  # this node gives up, others may have published: nothing is removed
 _FAILURES = {error.__name__: error for error in (SaveFailedError, CoverageError, RanksMissingError)}
 _SHORTEST_PAUSE_S = 0.001
 _LONGEST_PAUSE_S = 0.1
@@ -48,8 +52,8 @@ class FolderLock:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._descriptor = -1
-        make_directories(folder / _CONTROL)
-        self._descriptor = os.open(folder / _CONTROL / _LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        make_directories(folder / CONTROL)
+        self._descriptor = os.open(folder / CONTROL / _LOCK, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         with contextlib.suppress(OSError):  # without locks a leftover would have to be removed by hand
             fcntl.flock(self._descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
 
@@ -65,7 +69,7 @@ class FolderLock:
 
     def remove(self) -> None:
         """Remove the mark from the directory, which is about to be published, and let go."""
-        shutil.rmtree(self.folder / _CONTROL, ignore_errors=True)
+        shutil.rmtree(self.folder / CONTROL, ignore_errors=True)
         self.release()
 
 
@@ -75,9 +79,10 @@ class Meeting:
     Args:
         path: the final, absolute path.
         save_id: names this save and no other.
-        rank, world_size: who takes part.
+        rank: this one. ranks: who takes part; the first leads, as rank 0 does where all see the folder.
         timeout_s: how long the whole save may take, from now on.
         start_timeout_s: how long it may take until all ranks have begun; None not to wait for that.
+        may_be_taken_back: the leader may undo the publication, until it has cleared the control files.
     """
 
     def __init__(
@@ -86,21 +91,24 @@ class Meeting:
         save_id: str,
         *,
         rank: int,
-        world_size: int,
+        ranks: Sequence[int],
         timeout_s: float,
         start_timeout_s: float | None,
+        may_be_taken_back: bool = False,
     ) -> None:
         self.path = path
         self.folder = unpublished(path, save_id)
-        self._control = self.folder / _CONTROL
+        self._control = self.folder / CONTROL
         self._save_id = save_id
         self._rank = rank
-        self._world_size = world_size
+        self._ranks = ranks
+        self.leads = rank == ranks[0]
         self._timeout_s = timeout_s
         self._start_timeout_s = start_timeout_s
         self._start = time.monotonic()
         self._hurried, self._patience_s = 0.0, math.inf
         self._has_reported = False
+        self._may_be_taken_back = may_be_taken_back
         self._lock: FolderLock | None = None
 
     def hurry(self, within_s: float) -> None:
@@ -130,7 +138,7 @@ class Meeting:
     def wait_for_start(self) -> None:
         """Return when all ranks have begun; ``RanksMissingError``, which names the others, when the time is up."""
         if self._start_timeout_s is not None:
-            self._wait(lambda: not self._missing("begun"), self._start_timeout_s, self._who_never_began)
+            self.wait_until(lambda: not self._missing("begun"), self._start_timeout_s, self._who_never_began)
 
     def report(self, content: dict[str, Any]) -> None:
         """Hand rank 0 what this rank has written."""
@@ -139,7 +147,7 @@ class Meeting:
 
     def wait_for_reports(self) -> list[dict[str, Any]]:
         """Return the reports of all ranks, in their order; ``RanksMissingError`` when the time is up."""
-        self._wait(lambda: not self._missing("report"), self._timeout_s, self._who_is_late)
+        self.wait_until(lambda: not self._missing("report"), self._timeout_s, self._who_is_late)
         return [json.loads(file.read_bytes()) for file in sorted(self._control.glob("report-*.json"))]
 
     def decide_to_publish(self) -> None:
@@ -147,37 +155,46 @@ class Meeting:
         self._raise_failure(self._decide(_PUBLISH))
 
     def wait_for_publication(self) -> None:
-        """Return when rank 0 has renamed the directory; raise the failure that any rank has told."""
-        self._wait(self._published_by_rank_0, self._timeout_s, self._who_is_late)
+        """Return when rank 0 has renamed the directory and cleared it; raise the failure that any rank has told."""
+        self.wait_until(self._is_settled, self._timeout_s, self._who_is_late)
 
-    def withdraw(self, error: BaseException, own_files: Iterable[str]) -> SaveFailedError:
+    def withdraw(self, error: BaseException, own_files: Iterable[str], *, keep: bool = False) -> SaveFailedError:
         """End a save that ``error`` stopped: tell the others why, remove files, and return what all ranks raise.
 
         A rank removes its own files, rank 0 those of all (some may be dead), the last one the directory: the last of
         the world, so that a rank that comes late finds the verdict, or, where all wait only so long for a start, the
         last of those that came. What stays is swept by the next save to this path.
+
+        Args:
+            keep: remove nothing, since other nodes may have published their parts.
         """
-        own = error if isinstance(error, SaveFailedError) else self._describe(error)
+        own = self.describe(error)
         if self._published_by_rank_0():  # under the unpublished name may now stand the former checkpoint
             return own
         with contextlib.suppress(OSError):
             if not self._has_reported:  # so rank 0 cannot be publishing them; and a full disk gets room for the verdict
                 self._discard(own_files)
-            verdict = self._decide(_failing(own))
+            if keep:
+                verdict = failing(own) | {"publish": _PERHAPS}
+                write_durably(self._control / _VERDICT, json.dumps(verdict).encode())
+                return own
+            verdict = self._decide(failing(own))
+            if verdict["publish"] == _PERHAPS:
+                return failure(verdict)
             if verdict == _PUBLISH:
-                if self._rank != 0:
+                if not self.leads:
                     return own
-                verdict = _failing(own)  # the rename itself failed: only who decided can take it back
+                verdict = failing(own)  # the rename itself failed: only who decided can take it back
                 write_durably(self._control / _VERDICT, json.dumps(verdict).encode())
             self._discard(own_files)
             os.rename(self._control / f"begun-{self._rank:05d}", self._control / f"left-{self._rank:05d}")
             if not self._missing("left") or (self._start_timeout_s is not None and not self._present("begun")):
                 shutil.rmtree(self.folder)
-            return _failure(verdict)
+            return failure(verdict)
         return own
 
     def sweep(self) -> None:
-        """Remove what dead saves to the same path have left (on rank 0, before it begins)."""
+        """Remove what dead saves to the same path have left (on the rank that leads, before it begins)."""
         if not self.path.parent.is_dir():
             return
         for leftover in self.path.parent.iterdir():
@@ -191,7 +208,7 @@ class Meeting:
     def clear(self) -> None:
         """Remove the control files from the published checkpoint, where nobody minds them."""
         with contextlib.suppress(OSError):  # `ignore_errors` of Python 3.11 does not cover closing
-            shutil.rmtree(self.path / _CONTROL, ignore_errors=True)
+            shutil.rmtree(self.path / CONTROL, ignore_errors=True)
 
     def end(self) -> None:
         """Let go of what lasts as long as the save."""
@@ -199,28 +216,45 @@ class Meeting:
             self._lock.release()
 
     def _discard(self, own_files: Iterable[str]) -> None:
-        names = [path.name for path in self.folder.iterdir() if path.is_file()] if self._rank == 0 else own_files
+        names = [path.name for path in self.folder.iterdir() if path.is_file()] if self.leads else own_files
         for name in names:
             (self.folder / name).unlink(missing_ok=True)
 
-    def _describe(self, error: BaseException) -> SaveFailedError:
+    def describe(self, error: BaseException) -> SaveFailedError:
+        """Return what the others raise when this rank fails with ``error``."""
+        if isinstance(error, SaveFailedError):
+            return error
         return SaveFailedError(f"saving {self.path} failed on rank {self._rank}: {type(error).__name__}: {error}")
 
-    def _wait(self, is_done: Callable[[], bool], within_s: float, who_is_missing: Callable[[], str]) -> None:
+    def wait_until(
+        self,
+        is_done: Callable[[], bool],
+        within_s: float | None,
+        who_is_missing: Callable[[], str],
+        *,
+        may_extend: bool = True,
+    ) -> None:
+        """Return when ``is_done``, raise the failure that any rank has told, or ``RanksMissingError`` when time is up.
+
+        Args:
+            within_s: how long it may take since the save began; None for as long as the whole save.
+            may_extend: allow as long again where the save is decided and only a rename is left.
+        """
+        within_s = self._timeout_s if within_s is None else within_s
         own_part_s = time.monotonic() - self._start
         began, deadline, pause = time.monotonic(), self._start + within_s, _SHORTEST_PAUSE_S
         is_extended = False
         while not is_done():
             verdict = self._read_verdict()
             self._raise_failure(verdict)
-            if not self._control.is_dir() and not is_done():
+            if self._is_gone() and not is_done():
                 raise SaveFailedError(
                     f"the files of the save of {self.path} (save id {self._save_id}) are gone: "
                     f"another save to the same path has begun, or they were removed"
                 )
             now = time.monotonic()
             if now >= min(deadline, max(began, self._hurried) + own_part_s + self._patience_s):
-                if verdict != _PUBLISH or is_extended:
+                if verdict != _PUBLISH or is_extended or not may_extend:
                     waited_s = within_s if now >= deadline else now - self._start
                     raise RanksMissingError(f"saving {self.path} was given up after {waited_s:.3g} s: {who_is_missing()}")
                 self._patience_s = math.inf
@@ -240,13 +274,23 @@ class Meeting:
 
     def _missing(self, kind: str) -> list[int]:
         present = self._present(kind)
-        return [rank for rank in range(self._world_size) if rank not in present]
+        return [rank for rank in self._ranks if rank not in present]
 
     def _present(self, kind: str) -> set[int]:
         with contextlib.suppress(FileNotFoundError):
             names = [name.removesuffix(".json") for name in os.listdir(self._control) if name.startswith(kind + "-")]
             return {int(name.removeprefix(kind + "-")) for name in names if not name.endswith(".tmp")}
         return set()
+
+    def _is_gone(self) -> bool:
+        # The second look: it may have been published and taken back since the first.
+        return not self._control.is_dir() and not self._published_by_rank_0() and not self._control.is_dir()
+
+    def _is_settled(self) -> bool:
+        if not self._published_by_rank_0():
+            return False
+        # Cleared when no other node can make the leader take it back. The second look: it may have done so meanwhile.
+        return not self._may_be_taken_back or (not (self.path / CONTROL).exists() and self._published_by_rank_0())
 
     def _published_by_rank_0(self) -> bool:
         start = head(self._save_id)
@@ -278,7 +322,7 @@ class Meeting:
     @staticmethod
     def _raise_failure(verdict: dict[str, str] | None) -> None:
         if verdict is not None and verdict != _PUBLISH:
-            raise _failure(verdict)
+            raise failure(verdict)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
@@ -289,7 +333,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
     removed = []
     for leftover in sorted(folder.iterdir()) if folder.is_dir() else ():
         name = unpublished_name(leftover.name)
-        if name is None or not leftover.is_dir() or not _is_dead(leftover):
+        if name is None or not leftover.is_dir() or not is_dead(leftover):
             continue
         if leftover.suffix == ".replaced" and not os.path.lexists(folder / name):
             os.rename(leftover, folder / name)  # a crash came between the two renames: see put_in_place
@@ -299,9 +343,10 @@ def remove_leftovers(folder: Path) -> list[Path]:
     return removed
 
 
-def _is_dead(leftover: Path) -> bool:
+def is_dead(leftover: Path) -> bool:
+    """Tell whether no living process holds an unpublished directory."""
     try:
-        descriptor = os.open(leftover / _CONTROL / _LOCK, os.O_WRONLY | os.O_CLOEXEC)
+        descriptor = os.open(leftover / CONTROL / _LOCK, os.O_WRONLY | os.O_CLOEXEC)
     except FileNotFoundError:
         return True
     except OSError:  # somebody else's, or a file system that is read-only: it could not be removed either
@@ -317,9 +362,11 @@ def _is_dead(leftover: Path) -> bool:
     return True
 
 
-def _failing(error: SaveFailedError) -> dict[str, str]:
+def failing(error: SaveFailedError) -> dict[str, str]:
+    """Return the verdict that makes others raise ``error``."""
     return {"publish": "no", "error": type(error).__name__, "message": str(error)}
 
 
-def _failure(verdict: dict[str, str]) -> SaveFailedError:
-    return _FAILURES[verdict["error"]](verdict["message"])
+def failure(verdict: dict[str, str]) -> SaveFailedError:
+    """Return what a failing verdict makes others raise."""
+    return _FAILURES.get(verdict["error"], SaveFailedError)(verdict["message"])

@@ -44,6 +44,7 @@ from kenotron.checkpoint.format import (
 )
 from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, check_file_size, is_checkpoint
 from kenotron.checkpoint.meeting import Meeting
+from kenotron.checkpoint.nodes import Council, Nodes
 from kenotron.checkpoint.values import Attachments, encode
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
 
@@ -65,13 +66,14 @@ def save(
     start_timeout_s: float | None = None,
     writer: ShardWriter | None = None,
     aliases: Mapping[str, str] | None = None,
+    nodes: Nodes | None = None,
 ) -> None:
     """Write a checkpoint together with the other ranks; return when it is published and durable.
 
     Args:
-        path: the checkpoint's directory, on a file system that all ranks share. A checkpoint that stands there is
-            replaced; anything else that stands there is left alone and the save refused. It must not be removed or
-            replaced before all ranks have returned.
+        path: the checkpoint's directory, on a file system that all ranks share (see ``nodes``). A checkpoint that stands
+            there is replaced; anything else that stands there is left alone and the save refused. It must not be removed
+            or replaced before all ranks have returned.
         tensors: what this rank holds. Of ranks that hold the same pieces, one writes them.
         state: nested values that all ranks share; that of rank 0 is stored. See ``values.py`` for what it may hold.
         rank_state: nested values of this rank alone, such as the state of its random number generators.
@@ -83,6 +85,7 @@ def save(
             saves on a path where other ranks may be dead.
         writer: how the shard's bytes reach the disk.
         aliases: further names of tensors (tied weights) -> the name that they are saved under; rank 0's are stored.
+        nodes: where nodes share no file system: each stores what its own ranks hold, and all publish or none does.
 
     Raises:
         ValueError: an argument that cannot be honoured, on the rank that got it.
@@ -97,6 +100,7 @@ def save(
         timeout_s=timeout_s,
         start_timeout_s=start_timeout_s,
         aliases=aliases,
+        nodes=nodes,
     )
     used = writer or SyncShardWriter()
     former = attempt.run(
@@ -126,22 +130,33 @@ class SaveAttempt:
         timeout_s: float,
         start_timeout_s: float | None,
         aliases: Mapping[str, str] | None,
+        nodes: Nodes | None,
     ) -> None:
         self.path = Path(os.path.abspath(path))
-        _check_arguments(self.path, rank, world_size, save_id)
+        ranks = range(world_size) if nodes is None else nodes.ranks
+        _check_arguments(self.path, rank, world_size, save_id, ranks)
         self._rank, self._world_size, self.save_id = rank, world_size, save_id
         self._aliases = aliases or {}
-        self._part = _Part(rank=rank, world_size=world_size, save_id=save_id)
+        self._nodes = nodes
+        self._start_timeout_s = start_timeout_s
+        self._part = _Part(rank=rank, world_size=world_size, save_id=save_id, ranks=ranks)
         self._meeting = Meeting(
             self.path,
             save_id,
             rank=rank,
-            world_size=world_size,
+            ranks=ranks,
             timeout_s=timeout_s,
             start_timeout_s=start_timeout_s,
+            may_be_taken_back=nodes is not None,
         )
+        self._council = Council(nodes, save_id, self._meeting) if nodes is not None and self._meeting.leads else None
         self.num_late_steps = 0
         self.origin: str | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this rank checks and publishes, for all ranks or for those of its node."""
+        return self._meeting.leads
 
     def hurry(self, within_s: float) -> None:
         """Do not wait for ranks that may be dead much longer than this rank needs: see ``Meeting.hurry``."""
@@ -175,7 +190,7 @@ class SaveAttempt:
             write: creates the shard's file, durably, and returns the checksums of each entry.
 
         Returns:
-            What the checkpoint has replaced, which is to be removed; on rank 0.
+            What the checkpoint has replaced, which is to be removed; on the rank that leads.
 
         Raises:
             ValueError, SaveFailedError: as ``save``.
@@ -183,33 +198,92 @@ class SaveAttempt:
         meeting = self._meeting
         try:
             meeting.begin()
-            if self._rank == 0:
+            if self.leads:
                 meeting.sweep()
                 check_replaceable(self.path)
             meeting.wait_for_start()
+            if self._council is not None:
+                self._council.wait_for_start(self._start_timeout_s)
             layout = gather()
             report = self._part.write(meeting.folder, layout, write)
             origins = {} if self.origin is None else {self._part.shard: self.origin}
             meeting.report(report | {"late_steps": self.num_late_steps, "origins": origins})
-            if self._rank == 0:
-                return _publish(meeting, self.save_id, self._world_size, self._aliases)
+            if self.leads:
+                return self._publish()
             meeting.wait_for_publication()
             fsync_directory(self.path.parent)
             return None
         except BaseException as error:
-            agreed = meeting.withdraw(error, self._part.files)
+            if self._council is not None:
+                self._council.tell(meeting.describe(error))
+            keep = self._council is not None and self._council.is_in_doubt()
+            agreed = meeting.withdraw(error, self._part.files, keep=keep)
             if isinstance(error, ValueError) or not isinstance(error, Exception) or str(error) == str(agreed):
                 raise
             raise agreed from error
         finally:
             meeting.end()
 
+    def _publish(self) -> Path | None:
+        """Check the reports, write the manifest and give the directory its final name. Return what it replaced."""
+        meeting, council = self._meeting, self._council
+        reports = meeting.wait_for_reports()
+        late = [report["late_steps"] for report in reports]
+        if len(set(late)) > 1:
+            raise SaveFailedError(f"saving {self.path}: the ranks' parts are {late} optimizer steps late, so not of one moment")
+        manifest = self._manifest(reports)
+        for name, size in manifest.files.items():
+            check_file_size(meeting.folder / name, size)
+        write_durably(meeting.folder / MANIFEST, manifest.to_bytes())
+        fsync_directory(meeting.folder)
+        check_replaceable(self.path)
+        meeting.decide_to_publish()
+        if council is not None:
+            council.agree(manifest.tensors, late[0])
+        former = put_in_place(meeting.folder, self.path, unpublished(self.path, self.save_id, "replaced"))
+        fsync_directory(self.path.parent)
+        if council is not None:
+            self._confirm(council, former)
+        meeting.clear()
+        return former
+
+    def _manifest(self, reports: Sequence[Mapping[str, Any]]) -> Manifest:
+        tensors = _merge(reports, is_whole=self._nodes is None)
+        states: list[Any] = [None] * self._world_size
+        for rank, report in zip(self._part.ranks, reports, strict=True):
+            states[rank] = report["rank_state"]
+        return Manifest(
+            path=self.path,
+            save_id=self.save_id,
+            world_size=self._world_size,
+            files={name: size for report in reports for name, size in report["files"].items()},
+            tensors=tensors,
+            origins={file: save_id for report in reports for file, save_id in report["origins"].items()},
+            aliases={name: stored for name, stored in self._aliases.items() if stored in tensors and name not in tensors},
+            state=reports[0]["state"],
+            rank_states=tuple(states),
+            node=None if self._nodes is None else self._nodes.part,
+        )
+
+    def _confirm(self, council: Council, former: Path | None) -> None:
+        """Return when all nodes have published; where one cannot, take this node's part back."""
+        try:
+            council.confirm()
+        except SaveFailedError:
+            if not council.is_in_doubt():
+                if former is None:
+                    os.rename(self.path, self._meeting.folder)
+                else:
+                    put_in_place(former, self.path, self._meeting.folder)
+                fsync_directory(self.path.parent)
+            raise
+
 
 class _Part:
     """What one rank contributes: its shard, its pickles and the report about them."""
 
-    def __init__(self, *, rank: int, world_size: int, save_id: str) -> None:
-        self._rank = rank
+    def __init__(self, *, rank: int, world_size: int, save_id: str, ranks: Sequence[int]) -> None:
+        self._rank, self.ranks = rank, ranks
         self._metadata = {"format": "pt", "save_id": save_id}  # transformers insists on the first
         self.shard = f"shard-{rank + 1:05d}-of-{world_size:05d}.safetensors"
         self._pickles: dict[str, bytes] = {}
@@ -233,7 +307,7 @@ class _Part:
         extra: list[LocalTensor] = []
         entries: list[ShardEntry] = []
         sources = [("rank_state", f"rank_state/{self._rank}/", f"pickle-{self._rank}-", rank_state)]
-        if self._rank == 0:
+        if self._rank == self.ranks[0]:
             sources.append(("state", "state/", "pickle-", state))
         for key, tensor_prefix, pickle_prefix, source in sources:
             if source is None:
@@ -248,7 +322,7 @@ class _Part:
         for tensor in (*tensors, *extra):
             dtype_name(tensor.tensor.dtype, tensor.name)  # raises here, not on the worker
             self._described.append((tensor.name, tensor.tensor.dtype, tensor.global_shape))
-            if _writer_of(tensor) == self._rank:
+            if self._writer_of(tensor) == self._rank:
                 entries += _entries_of(tensor)
         return lay_out(entries, self._metadata)
 
@@ -273,12 +347,12 @@ class _Part:
         sizes = {name: len(data) for name, data in self._pickles.items()}
         return self._states | {"tensors": told, "files": {self.shard: layout.num_bytes} | sizes}
 
-
-def _writer_of(tensor: LocalTensor) -> int:
-    """Return the owner that writes it: by a rule that every rank can follow alone. Whose load is least none of them knows."""
-    if len(tensor.owners) == 1:
-        return tensor.owners[0]
-    return sorted(tensor.owners)[zlib.crc32(tensor.name.encode()) % len(tensor.owners)]
+    def _writer_of(self, tensor: LocalTensor) -> int:
+        """Return the owner that writes it: by a rule that all can follow alone. Whose load is least none of them knows."""
+        if len(tensor.owners) == 1:
+            return tensor.owners[0]
+        owners = [owner for owner in sorted(tensor.owners) if owner in self.ranks]
+        return owners[zlib.crc32(tensor.name.encode()) % len(owners)]
 
 
 def _entries_of(tensor: LocalTensor) -> list[ShardEntry]:
@@ -297,38 +371,12 @@ def _entries_of(tensor: LocalTensor) -> list[ShardEntry]:
     ]
 
 
-def _publish(meeting: Meeting, save_id: str, world_size: int, aliases: Mapping[str, str]) -> Path | None:
-    """Check the reports of all ranks, write the manifest and give the directory its final name. Return what it replaced."""
-    reports = meeting.wait_for_reports()
-    late = [report["late_steps"] for report in reports]
-    if len(set(late)) > 1:
-        raise SaveFailedError(f"saving {meeting.path}: the ranks' parts are {late} optimizer steps late, so not of one moment")
-    tensors = _merge(reports)
-    manifest = Manifest(
-        path=meeting.path,
-        save_id=save_id,
-        world_size=world_size,
-        files={name: size for report in reports for name, size in report["files"].items()},
-        tensors=tensors,
-        origins={file: save_id for report in reports for file, save_id in report["origins"].items()},
-        aliases={name: stored for name, stored in aliases.items() if stored in tensors and name not in tensors},
-        state=reports[0]["state"],
-        rank_states=tuple(report["rank_state"] for report in reports),
-    )
-    for name, size in manifest.files.items():
-        check_file_size(meeting.folder / name, size)
-    write_durably(meeting.folder / MANIFEST, manifest.to_bytes())
-    fsync_directory(meeting.folder)
-    check_replaceable(meeting.path)
-    meeting.decide_to_publish()
-    former = put_in_place(meeting.folder, meeting.path, unpublished(meeting.path, save_id, "replaced"))
-    fsync_directory(meeting.path.parent)
-    meeting.clear()
-    return former
+def _merge(reports: Sequence[Mapping[str, Any]], *, is_whole: bool) -> dict[str, StoredTensor]:
+    """Return the global tensors that the ranks' pieces make up; ``CoverageError``, listing all, where they do not.
 
-
-def _merge(reports: Sequence[Mapping[str, Any]]) -> dict[str, StoredTensor]:
-    """Return the global tensors that the ranks' pieces make up; ``CoverageError``, listing all, where they do not."""
+    Args:
+        is_whole: nothing is stored elsewhere, so that there must be no holes.
+    """
     told: defaultdict[str, list[tuple[int, StoredTensor]]] = defaultdict(list)
     for rank, report in enumerate(reports):
         for name, node in report["tensors"].items():
@@ -342,7 +390,7 @@ def _merge(reports: Sequence[Mapping[str, Any]]) -> dict[str, StoredTensor]:
                 break
         else:
             pieces = [(rank, piece) for rank, tensor in versions for piece in tensor.pieces]
-            problems += _coverage_problems(name, first.shape, pieces)
+            problems += _coverage_problems(name, first.shape, pieces) if is_whole else ()
             ordered = sorted((piece for _, piece in pieces), key=lambda piece: piece.offset)
             merged[name] = StoredTensor(dtype=first.dtype, shape=first.shape, pieces=tuple(ordered))
     _raise_coverage(problems)
@@ -382,9 +430,11 @@ def _describe(tensor: StoredTensor) -> str:
     return f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}"
 
 
-def _check_arguments(path: Path, rank: int, world_size: int, save_id: str) -> None:
+def _check_arguments(path: Path, rank: int, world_size: int, save_id: str, ranks: Sequence[int]) -> None:
     if not 0 <= rank < world_size:
         raise ValueError(f"rank={rank} must lie between 0 and world_size={world_size}, exclusive")
+    if rank not in ranks:
+        raise ValueError(f"rank={rank} is not one of its node's ranks {tuple(ranks)}")
     if not SAVE_ID.fullmatch(save_id):
         raise ValueError(f"save_id={save_id!r} must be 1 to 64 letters, digits, '_' or '-'; uuid.uuid4().hex will do")
     if unpublished_name(path.name):

@@ -158,7 +158,7 @@ def _verify_shard(manifest: Manifest, file: str, entries: list[_Entry]) -> FileR
     if not path.exists():
         return FileReport(name=file, num_bytes=0, seconds=0.0, damages=tuple(problems))
     told = [
-        *_problems_with_header(path, manifest.origins.get(file, manifest.save_id), entries),
+        *_problems_with_header(path, manifest, entries),
         *([] if problems else _problems_with_opening(path)),
     ]
     problems += [Damage(file=file, problem=problem) for problem in told]
@@ -196,14 +196,14 @@ def _problems_with_size(manifest: Manifest, file: str) -> list[Damage]:
     return []
 
 
-def _problems_with_header(path: Path, save_id: str, entries: Iterable[_Entry]) -> Iterator[str]:
+def _problems_with_header(path: Path, manifest: Manifest, entries: Iterable[_Entry]) -> Iterator[str]:
     """Yield where a shard's header is none, or tells another story than the manifest."""
     try:
         header, data_begin = _read_header(path)
     except (OSError, RecursionError, ValueError) as error:
         yield f"its header cannot be read: {error}"
         return
-    metadata = header.pop("__metadata__", None)
+    save_id, metadata = manifest.origins.get(path.name, manifest.save_id), header.pop("__metadata__", None)
     if metadata != {"format": "pt", "save_id": save_id}:
         yield f"its header has the metadata {metadata!r:.200} and should have those of the save {save_id!r}"
     for entry in entries:
@@ -216,7 +216,7 @@ def _problems_with_header(path: Path, save_id: str, entries: Iterable[_Entry]) -
         found = header.pop(key, None)
         if found != wanted:
             yield f"its header says of {key}: {found!r:.200}, and the manifest {wanted!r}"
-    if header:
+    if header and not manifest.is_merged:
         yield f"its header has entries that the manifest does not know: {', '.join(header):.200}"
 
 

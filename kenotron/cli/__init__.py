@@ -1,4 +1,4 @@
-"""The command line: ``kenotron checkpoint ls PATH``, ``kenotron checkpoint verify PATH``."""
+"""The command line: ``kenotron checkpoint ls PATH``, ``... verify PATH``, ``... merge OUT PART...``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     if options.action == "ls":
         return checkpoint.ls(options.path, as_json=options.json)
+    if options.action == "merge":
+        return checkpoint.merge(options.parts, options.path)
     return checkpoint.verify(options.path)
 
 
@@ -39,4 +41,11 @@ def _parser() -> argparse.ArgumentParser:
         "2 if it is no checkpoint.",
     )
     verify.add_argument("path", metavar="PATH", help="a checkpoint")
+    merge = actions.add_parser(
+        "merge",
+        help="make one checkpoint of the parts of nodes that share no file system",
+        description="Make one checkpoint, for any layout to load, of the parts that nodes without a common file system hold.",
+    )
+    merge.add_argument("path", metavar="OUT", help="the checkpoint to make")
+    merge.add_argument("parts", metavar="PART", nargs="+", help="the directory of each node, all of them, in any order")
     return parser

@@ -13,6 +13,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from kenotron.checkpoint import CheckpointError, FileReport, Manifest, NotACheckpointError, is_checkpoint, read_manifest
+from kenotron.checkpoint import merge as merge_parts
 from kenotron.checkpoint import verify as verify_checkpoint
 from kenotron.checkpoint.format import MANIFEST, unpublished_name
 
@@ -46,6 +47,20 @@ def _print_file(file: FileReport) -> None:
     print(f"{file.name:<40} {_size(file.num_bytes):>10} {speed:>11}  {verdict}", flush=True)
     for damage in file.damages:
         print(f"    {damage}", flush=True)
+
+
+# ---- merge ----------------------------------------------------------------------------------------------------------
+
+
+def merge(parts: list[str], path: str) -> int:
+    """Make one checkpoint of the parts of all nodes and print what it holds; return the exit code."""
+    try:
+        merged = merge_parts(parts, path)
+    except (CheckpointError, ValueError, OSError) as error:
+        print(error, file=sys.stderr)
+        return NO_CHECKPOINT
+    print(f"{path} holds {_count(len(merged.tensors), 'tensor')} in {_count(len(merged.files), 'file')} of {len(parts)} nodes")
+    return WHOLE
 
 
 # ---- ls -------------------------------------------------------------------------------------------------------------
@@ -91,6 +106,7 @@ def _summary(manifest: Manifest) -> dict[str, Any]:
         "save_id": manifest.save_id,
         "step": _step_of(manifest),
         "world_size": manifest.world_size,
+        "node": None if manifest.node is None else manifest.node.to_json(),
         "num_bytes": sum(manifest.files.values()),
         "saved_at": (manifest.path / MANIFEST).stat().st_mtime,
     }
@@ -138,8 +154,13 @@ def _show(found: dict[str, Any]) -> None:
     print(
         f"{_count(len(tensors), 'tensor')} in {_count(num_pieces, 'piece')}, {_size(num_bytes)}; "
         f"{_count(len(found['files']), 'file')}, {_size(found['num_bytes'])}\n"
-        f"{step}, saved by {_count(found['world_size'], 'rank')} {_age(found['saved_at'])} ago, save id {found['save_id']}"
+        f"{_part(found['node'])}{step}, saved by {_count(found['world_size'], 'rank')} {_age(found['saved_at'])} ago, "
+        f"save id {found['save_id']}"
     )
+
+
+def _part(node: dict[str, Any] | None) -> str:
+    return "" if node is None else f"the part of node {node['index']} of {node['count']}; "
 
 
 def _show_folder(found: dict[str, Any]) -> None:

@@ -280,9 +280,9 @@ def test_a_rank_that_gives_up_while_rank_0_publishes_takes_nothing_away(
 
     withdraw = Meeting.withdraw
 
-    def withdraw_and_tell(meeting: Meeting, error: BaseException, own_files: Iterable[str]) -> SaveFailedError:
+    def withdraw_and_tell(meeting: Meeting, *args: Any, **options: Any) -> SaveFailedError:
         try:
-            return withdraw(meeting, error, own_files)
+            return withdraw(meeting, *args, **options)
         finally:
             has_given_up.set()
 
