@@ -39,8 +39,8 @@ class Engine:
             OSError: the CUDA driver cannot be opened, or failed.
         """
 
-    def fence(self) -> float:
-        """Return when all snapshots have been copied, or have failed; the seconds that this took."""
+    def fence(self, within_s: float | None = None) -> bool:
+        """Return True when all snapshots have been copied, or have failed; False when the time is up first."""
 
     @property
     def num_slots(self) -> int: ...

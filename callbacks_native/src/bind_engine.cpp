@@ -1,4 +1,5 @@
 // The Python face of the writing half. Every call that may wait releases the GIL.
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
@@ -135,7 +136,7 @@ void bind_engine(nb::module_& module) {
              nb::arg("checked_share"), nb::arg("cuda_library") = "libcuda.so.1")
         .def("prepare", &Engine::prepare, nb::arg("num_bytes"), nb::call_guard<nb::gil_scoped_release>())
         .def("submit", &submit, nb::arg("header"), nb::arg("sources"), nb::arg("keep"))
-        .def("fence", &Engine::fence, nb::call_guard<nb::gil_scoped_release>())
+        .def("fence", &Engine::fence, nb::arg("within_s") = nb::none(), nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("num_slots", [](const Engine& engine) { return engine.pool().num_slots(); })
         .def_prop_ro("num_free_slots", [](const Engine& engine) { return engine.pool().num_free(); })
         .def_prop_ro("num_claimed_slots", [](const Engine& engine) { return engine.pool().num_claimed(); })

@@ -312,20 +312,27 @@ std::optional<Snapshot> Engine::submit(std::string header, std::vector<Source> s
     return snapshot;
 }
 
-double Engine::fence() {
-    const auto start = Clock::now();
+bool Engine::fence(std::optional<double> within_s) {
+    std::optional<Clock::time_point> deadline;
+    if (within_s) deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(duration<double>(*within_s));
     Lock lock(mutex_);
-    help_until(lock, [this] { return copying_.empty(); });
-    return duration<double>(Clock::now() - start).count();
+    return help_until(lock, [this] { return copying_.empty(); }, deadline);
 }
 
 template <typename Done>
-void Engine::help_until(Lock& lock, Done done) {
+bool Engine::help_until(Lock& lock, Done done, std::optional<Clock::time_point> deadline) {
     std::optional<CudaCopier> devices;
     while (!done()) {
+        if (deadline && Clock::now() >= *deadline) return false;
         if (cuda_ && !devices) devices.emplace(cuda_);  // perhaps by a snapshot that came while this one waited
-        if (!copy_one(lock, devices ? &*devices : nullptr)) changed_.wait(lock);
+        if (copy_one(lock, devices ? &*devices : nullptr)) continue;
+        if (deadline) {
+            changed_.wait_until(lock, *deadline);
+        } else {
+            changed_.wait(lock);
+        }
     }
+    return true;
 }
 
 // ---- Copying ----------------------------------------------------------------------------------------------------------

@@ -134,8 +134,8 @@ public:
     // Take a snapshot of sources of at least one byte each, and return at once.
     std::optional<Snapshot> submit(std::string header, std::vector<Source> sources, Status& failed);
 
-    // Return when every snapshot is staged: from here on the sources may change. Returns the seconds waited.
-    double fence();
+    // Return true when every snapshot is staged: from here on the sources may change. False when the time is up first.
+    bool fence(std::optional<double> within_s = {});
 
     const EngineSettings& settings() const noexcept { return settings_; }
     const SlotPool& pool() const noexcept { return pool_; }
@@ -163,7 +163,7 @@ private:
     void begin(const std::shared_ptr<Job>& job);
     void settle(Job& job);
     template <typename Done>
-    void help_until(Lock& lock, Done done);
+    bool help_until(Lock& lock, Done done, std::optional<Clock::time_point> deadline = {});
 
     const EngineSettings settings_;
     const int owner_;  // the process: after a fork there are no threads to join

@@ -296,10 +296,10 @@ TEST(stats_tell_what_happened) {
     CHECK(stats.written_s >= 0.03 && stats.written_s <= elapsed);
     CHECK(stats.waited_for_room_s > 0 && stats.waited_for_room_s <= elapsed);
     CHECK_EQUAL(stats.num_restaged, 0);
-    CHECK_EQUAL(engine->fence() >= 0, true);
+    CHECK(engine->fence());
 }
 
-TEST(a_fence_tells_how_long_it_waited) {
+TEST(a_fence_waits_for_room_that_a_file_makes_later) {
     const TemporaryFolder folder;
     const auto engine = make_engine(small_settings(1));
     Scene scene;
@@ -308,9 +308,8 @@ TEST(a_fence_tells_how_long_it_waited) {
         std::this_thread::sleep_for(milliseconds(30));
         CHECK_EQUAL(code_of(snapshot.attach(folder.path("file"))), 0);
     });
-    const auto start = steady_clock::now();
-    const double waited = engine->fence();
-    CHECK(waited > 0 && waited <= duration<double>(steady_clock::now() - start).count());
+    CHECK(engine->fence());
+    CHECK(snapshot.is_staged());
     other.join();
     CHECK_EQUAL(code_of(snapshot.finish()), 0);
 }

@@ -281,6 +281,23 @@ TEST(cancelling_does_not_wait_for_bandwidth) {
     CHECK(are_all_slots_free(*engine));
 }
 
+TEST(a_fence_gives_up_when_its_time_is_up_and_can_be_called_again) {
+    const TemporaryFolder folder;
+    EngineSettings settings = small_settings(2, 64 * kib);
+    settings.max_bytes_per_second = 1e6;
+    const auto engine = make_engine(settings);
+    Scene scene;
+    scene.add(1024 * kib);  // a second
+    CHECK(engine->fence(0.0));
+    Snapshot snapshot = submit(*engine, scene);
+    CHECK_EQUAL(code_of(snapshot.attach(folder.path("file"))), 0);
+    CHECK(!engine->fence(0.001));
+    CHECK(!snapshot.is_staged());
+    CHECK(engine->fence(60.0));
+    CHECK(snapshot.is_staged());
+    CHECK_EQUAL(code_of(snapshot.finish()), 0);
+}
+
 TEST(cancelling_returns_when_the_file_is_left_alone) {
     const Faults faults;
     const TemporaryFolder folder;

@@ -45,6 +45,8 @@ from kenotron.checkpoint.sources import Sources
 
 #: How long an interpreter that ends without ``close`` waits for what is in flight.
 _EXIT_TIMEOUT_S = 600.0
+#: How often a fence that waits lets Python handle signals.
+_SIGNALS_EVERY_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -379,7 +381,8 @@ class Checkpointer:
             return 0.0
         began = time.perf_counter()
         assert self._engine is not None
-        self._engine.fence()
+        while not self._engine.fence(_SIGNALS_EVERY_S):  # a disk may hang for ever: Ctrl-C must not
+            pass
         for pending in self._unsettled:
             pending.settle(may_restage=True)
         seconds = time.perf_counter() - began

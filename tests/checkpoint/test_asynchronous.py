@@ -410,6 +410,21 @@ def test_leftovers_of_the_dead_are_removed_and_what_lives_stays(make: Any, tmp_p
     assert remove_leftovers(tmp_path / "missing") == []
 
 
+INTERRUPTED_AT_THE_FENCE = """
+import os, signal, threading
+threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
+try:
+    checkpointer.fence()
+except KeyboardInterrupt:
+    os._exit(3)
+"""
+
+
+def test_a_fence_that_waits_for_a_disk_can_be_interrupted(tmp_path: Path) -> None:
+    script = DIES_WHILE_SAVING.replace("while True:\n    pass\n", INTERRUPTED_AT_THE_FENCE).replace("1e5", "1e4")
+    assert subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")], timeout=120).returncode == 3
+
+
 def test_an_interpreter_that_ends_waits_for_what_is_in_flight(tmp_path: Path) -> None:
     script = DIES_WHILE_SAVING.replace("while True:\n    pass\n", "").replace("1e5", "4e6")
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "a")], check=True, timeout=120)
