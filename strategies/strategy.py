@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
-from kenotron.checkpoint import Checkpointer, Nodes, recover, remove_leftovers
+from kenotron.checkpoint import Checkpointer, Nodes, check_sharing, recover, remove_leftovers
 from kenotron.layout import ParallelLayout, ZeroStage
 from kenotron.parallel import pipeline as pipelines
 from kenotron.parallel._torch import default_store, flatten
@@ -258,14 +258,21 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         if self._uses_foreign_io:
             return
         self.checkpointer.guard_optimizers()
-        folders = dict.fromkeys(getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks)
-        for folder in filter(None, folders):
-            for restored in recover(Path(folder), self._exchange, leads=self._leads_checkpoints) if self._nodes else ():
+        for folder in self._checkpoint_folders(trainer):
+            if self.num_nodes > 1:
+                leader = self.global_rank - self.local_rank
+                check_sharing(folder, self._exchange, leader=leader, rank=self.global_rank, node_local=self._nodes is not None)
+            for restored in recover(folder, self._exchange, leads=self._leads_checkpoints) if self._nodes else ():
                 _lightning.warn(self.names, f"Published {restored}, as on the other nodes: the run before died over it.")
             if not self._leads_checkpoints:
                 continue
-            for leftover in remove_leftovers(Path(folder)):
+            for leftover in remove_leftovers(folder):
                 _lightning.warn(self.names, f"Removed {leftover}: a save that died before it was published.")
+
+    def _checkpoint_folders(self, trainer: Any) -> list[Path]:
+        """Return where callbacks will save."""
+        folders = dict.fromkeys(getattr(callback, "dirpath", None) for callback in trainer.checkpoint_callbacks)
+        return [Path(folder) for folder in folders if folder]
 
     def _check(self, module: Any) -> None:
         if self._uses_foreign_io and self.world_size > 1:

@@ -28,7 +28,7 @@ from kenotron.checkpoint.load import load_into, load_rank_state, load_state, loa
 from kenotron.checkpoint.manifest import Manifest, NodePart, StoredPiece, StoredTensor, is_checkpoint, read_manifest
 from kenotron.checkpoint.meeting import remove_leftovers
 from kenotron.checkpoint.merge import merge
-from kenotron.checkpoint.nodes import Nodes, common_path, recover
+from kenotron.checkpoint.nodes import Nodes, check_sharing, common_path, recover
 from kenotron.checkpoint.save import save
 from kenotron.checkpoint.verify import Damage, FileReport, VerifyReport, verify
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
@@ -69,6 +69,7 @@ __all__ = [
     "UnsafeFileNameError",
     "VerifyReport",
     "VersionTooNewError",
+    "check_sharing",
     "common_path",
     "is_checkpoint",
     "load_into",

@@ -17,6 +17,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
+import uuid
 import zlib
 from base64 import b85decode, b85encode
 from collections import defaultdict
@@ -29,7 +31,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from kenotron.checkpoint.boxes import Box, find_flaw
-from kenotron.checkpoint.durable import fsync_directory, put_in_place
+from kenotron.checkpoint.durable import fsync_directory, make_directories, put_in_place
 from kenotron.checkpoint.errors import CheckpointError, CoverageError, NotACheckpointError, SaveFailedError
 from kenotron.checkpoint.format import MANIFEST, unpublished_name
 from kenotron.checkpoint.manifest import NodePart, StoredTensor, is_checkpoint, parse_manifest, read_manifest
@@ -292,6 +294,47 @@ def _identity(path: Path) -> tuple[str, float] | None:
     if not is_checkpoint(path):
         return None
     return read_manifest(path, check_files=False).save_id, (path / MANIFEST).stat().st_mtime
+
+
+def check_sharing(
+    folder: Path, exchange: Callable[[Any], Sequence[Any]], *, leader: int, rank: int, node_local: bool, patience_s: float = 5.0
+) -> None:
+    """Raise ``ValueError`` on all ranks where a folder is shared and should not be, or the reverse; all ranks call it.
+
+    The leader of each node leaves a file, and all look whose they see.
+
+    Args:
+        folder: of the checkpoints. exchange: as for ``recover``.
+        leader: the rank that acts for this rank's node. rank: this one.
+        node_local: whether each node should have a folder of its own.
+        patience_s: how long a file may take to be seen, as on a network file system.
+    """
+    name = str(exchange(uuid.uuid4().hex)[0])
+    probes = {each: folder / f".{name}.{each}.probe" for each in exchange(leader)}
+    if rank == leader:
+        with suppress(OSError):  # saving will tell
+            make_directories(folder)
+            probes[rank].touch()
+    exchange(None)
+    deadline = time.monotonic() + patience_s
+    expected = [leader] if node_local else list(probes)
+    while not all(probes[each].exists() for each in expected) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    seen = exchange([each for each, probe in probes.items() if probe.exists()])
+    if rank == leader:
+        with suppress(OSError):
+            probes[rank].unlink()
+    if node_local and len(probes) > 1 and any(len(found) > 1 for found in seen):
+        raise ValueError(
+            f"node_local=True, but nodes share {folder} (ranks see the files of ranks {max(seen, key=len)}), where their parts "
+            "would overwrite each other. Leave node_local out, or choose a folder on a disk of each node's own."
+        )
+    blind = [each for each, found in enumerate(seen) if len(found) < len(probes)]
+    if not node_local and blind and any(seen):
+        raise ValueError(
+            f"{folder} is not the same directory on all nodes: ranks {blind} do not see what the others write there. Choose "
+            "one on a file system that all share, or set CheckpointSettings(node_local=True)."
+        )
 
 
 def _look(folder: Path) -> list[_Found]:

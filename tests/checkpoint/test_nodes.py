@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 import sys
 import threading
@@ -29,6 +30,7 @@ from kenotron.checkpoint import (
     RanksMissingError,
     SaveFailedError,
     SyncShardWriter,
+    check_sharing,
     common_path,
     load_into,
     load_rank_state,
@@ -339,6 +341,26 @@ def test_ranks_that_find_different_last_ones_load_the_newest_that_all_have(job: 
     raised = on_all(work)
     assert {type(error) for error in raised} == {NotACheckpointError}
     assert "rank 0" in str(raised[0]) and "save id s2" in str(raised[0])
+
+
+@pytest.mark.parametrize("node_local", [True, False])
+@pytest.mark.parametrize("is_shared", [True, False])
+def test_whether_nodes_share_a_folder_is_found_out(job: Job, node_local: bool, is_shared: bool) -> None:
+    exchange = Exchange()
+
+    def work(rank: int) -> None:
+        folder = job.folders[0 if is_shared else NODE_OF[rank]]
+        leader = RANKS_OF[NODE_OF[rank]][0]
+        check_sharing(folder, exchange.of(rank), leader=leader, rank=rank, node_local=node_local, patience_s=0.2)
+
+    raised = on_all(work)
+    assert [list(folder.iterdir()) for folder in job.folders] == [[], []]
+    if is_shared != node_local:
+        assert raised == [None] * 4
+        return
+    assert {type(error) for error in raised} == {ValueError}
+    text = r"ranks \[0, 2\]" if is_shared else r"ranks \[0, 1, 2, 3\] do not see .*set CheckpointSettings\(node_local=True\)"
+    assert all(re.search(text, str(error)) for error in raised)
 
 
 def test_the_engine_saves_and_removes_on_each_node(job: Job) -> None:

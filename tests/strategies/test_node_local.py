@@ -38,9 +38,19 @@ class OnNodes(KenotronStrategy):  # type: ignore[misc]
         loaded: dict[str, Any] = super().load_checkpoint(self.own(checkpoint_path), weights_only)
         return loaded
 
+    def _checkpoint_folders(self, trainer: Any) -> list[Path]:
+        return [Path(self.own(folder)) for folder in super()._checkpoint_folders(trainer)]
+
     def _exchange(self, own: Any) -> list[Any]:
         told = super()._exchange(json.dumps(own).replace(f"node-{self.node_rank}", "DISK"))
         return [json.loads(self.own(each)) for each in told]
+
+
+class AsTheyAre(OnNodes):
+    """Nodes that share the folder, whatever they were told."""
+
+    def own(self, path: Any) -> str:
+        return str(path)
 
 
 def fit(strategy: Mapping[str, Any], folder: str, **options: Any) -> list[str]:
@@ -48,7 +58,7 @@ def fit(strategy: Mapping[str, Any], folder: str, **options: Any) -> list[str]:
     os.environ |= {"GROUP_RANK": str(rank // 2), "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
     L.seed_everything(1, verbose=False)
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=1, monitor="step", mode="max")
-    on_nodes = OnNodes(**strategy, checkpoint=CheckpointSettings(node_local=True))
+    on_nodes = options.pop("kind", OnNodes)(**strategy, checkpoint=CheckpointSettings(node_local=True))
     trainer = make_trainer(on_nodes, [keep], devices=2, num_nodes=2, max_epochs=options.pop("max_epochs", 2))
     train, _ = loaders(trainer, Task(Classifier, strategy))
     with warnings.catch_warnings(record=True) as caught:
@@ -107,3 +117,9 @@ def test_a_node_that_lost_the_last_checkpoint_takes_the_others_back(pool: RankPo
     with pytest.raises(RuntimeError, match="no checkpoint is on all nodes"):
         pool.run(fit, 4, {}, str(tmp_path / "DISK"), ckpt_path=str(tmp_path / "DISK" / "end"))
     assert is_checkpoint(tmp_path / "node-0" / "end")
+
+
+def test_a_folder_that_nodes_share_is_refused_at_the_start(pool: RankPool, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"ValueError: node_local=True, but nodes share .*files of ranks \[0, 2\]"):
+        pool.run(fit, 4, {}, str(tmp_path / "DISK"), kind=AsTheyAre)
+    assert not [path for path in tmp_path.rglob("*") if not path.is_dir()]
