@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -37,10 +38,11 @@ from kenotron.checkpoint import (
     remove_leftovers,
     save,
 )
+from kenotron.checkpoint.asynchronous import PendingSave
 from kenotron.testing import RankPool
 
-pytestmark = pytest.mark.slow  # a minute or two each
-
+#: How the checkpoint that stands there and the next one are named.
+NAMES = [pytest.param("a", id="replacing"), pytest.param("b", id="beside", marks=pytest.mark.slow)]
 SETTINGS = EngineSettings(pool_bytes=1 << 16, slot_bytes=1 << 14, num_writers=1)  # one writer: the same order each time
 DEADLINE_S = 60
 #: The calls that a full disk refuses.
@@ -212,7 +214,7 @@ def strike(server: RankPool, folder: Path, name: str, **fault: str) -> list[tupl
 # --------------------------------------------------------------------------------------------------- calls that fail
 
 
-@pytest.mark.parametrize("name", ["a", "b"], ids=["replacing", "beside"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_call_that_fails_costs_no_checkpoint_and_is_told(server: RankPool, memory: Path, name: str) -> None:
     struck = strike(server, memory / "f", name, FAULT_ACTION="fail", FAULT_ERRNO=str(errno.EIO))
     assert len(struck) > 40
@@ -238,7 +240,7 @@ def test_a_call_that_fails_costs_no_checkpoint_and_is_told(server: RankPool, mem
             assert told["then"] == {name: 2.0}, call
 
 
-@pytest.mark.parametrize("name", ["a", "b"], ids=["replacing", "beside"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_disk_that_stays_full_costs_no_checkpoint(server: RankPool, memory: Path, name: str) -> None:
     full = {"FAULT_ERRNO": str(errno.ENOSPC), "FAULT_TIMES": "1000000", "FAULT_CALLS": THAT_NEED_ROOM}
     struck = strike(server, memory / "f", name, FAULT_ACTION="fail", **full)
@@ -309,7 +311,7 @@ def test_a_link_that_cannot_be_made_is_a_copy_and_one_that_fails_costs_one_check
 # ------------------------------------------------------------------------------------------------- calls that are the last
 
 
-@pytest.mark.parametrize("name", ["a", "b"], ids=["replacing", "beside"])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_save_that_is_killed_at_any_call_leaves_the_former_or_the_new_checkpoint(
     server: RankPool, memory: Path, name: str
 ) -> None:
@@ -380,7 +382,7 @@ FOR_TWO = [
 ]
 
 
-@pytest.mark.parametrize("struck", [0, 1])
+@pytest.mark.parametrize("struck", [1, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_fault_on_one_of_two_ranks_is_told_on_both(server: RankPool, memory: Path, struck: int) -> None:
     folder = memory / "f"
     faults = [
@@ -514,14 +516,25 @@ def test_a_limit_of_file_sizes_is_told_when_a_file_is_reserved_or_written(server
 
 
 @pytest.mark.parametrize("what", ["the unpublished directory", "the folder"])
-def test_a_directory_that_vanishes_in_mid_save_is_told(tmp_path: Path, what: str) -> None:
+def test_a_directory_that_vanishes_in_mid_save_is_told(tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "f"
     save_now(folder / "a", 1.0)
-    checkpointer = Checkpointer(EngineSettings(pool_bytes=1 << 16, slot_bytes=1 << 14, max_bytes_per_s=4e5))
-    begin(checkpointer, folder / "a", 2.0)
-    while not (folder / ".a.s2.partial" / "shard-00001-of-00001.safetensors").exists():
-        time.sleep(0.001)
+    checkpointer = Checkpointer(SETTINGS)
+    is_begun, has_vanished, settle = threading.Event(), threading.Event(), PendingSave.settle
+
+    def settle_later(self: PendingSave, *, may_restage: bool) -> None:
+        if not may_restage:  # the worker, between the writing of the file and its end
+            is_begun.set()
+            has_vanished.wait(DEADLINE_S)
+        settle(self, may_restage=may_restage)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PendingSave, "settle", settle_later)
+        begin(checkpointer, folder / "a", 2.0)
+        assert is_begun.wait(DEADLINE_S)
+    assert (folder / ".a.s2.partial" / "shard-00001-of-00001.safetensors").exists()
     shutil.rmtree(folder if what == "the folder" else folder / ".a.s2.partial")
+    has_vanished.set()
     error = failure_of(checkpointer.wait) or ""
     assert f"saving {folder}/a failed on rank 0: FileNotFoundError" in error
     assert f"{folder}/.a.s2.partial" in error
@@ -588,7 +601,7 @@ def import_lightning() -> None:
     import lightning  # noqa: F401
 
 
-@pytest.mark.parametrize("io", ["strategy", "plugin"])
+@pytest.mark.parametrize("io", ["strategy", pytest.param("plugin", marks=pytest.mark.slow)])
 def test_training_goes_on_or_stops_as_asked_when_a_checkpoint_fails(server: RankPool, tmp_path: Path, io: str) -> None:
     server.run(import_lightning, 1)
     second_is_full = {"FAULT_CALLS": " fallocate ", "FAULT_AT": "2"}

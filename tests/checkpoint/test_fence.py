@@ -34,8 +34,6 @@ from kenotron.checkpoint.asynchronous import PendingSave
 from kenotron.checkpoint.guard import OptimizerGuard
 from kenotron.strategies.settings import CheckpointSettings
 
-pytestmark = pytest.mark.slow  # a minute or two each
-
 #: All but 64 KiB of the state is copied no faster than this: an update comes long before the copy is complete.
 SLOW = EngineSettings(pool_bytes=1 << 16, slot_bytes=1 << 14, max_bytes_per_s=3e6, checked_share=1.0)
 
@@ -108,7 +106,10 @@ class Training:
         return [LocalTensor.whole(name, value, lazy=is_lazy(value)) for name, value in self.model.state_dict().items()]
 
 
-KINDS = ["adamw_foreach", "adamw_fused", "adam_closure", "lbfgs", "two_optimizers", "in_backward"]
+KINDS = [
+    *["adamw_fused", "adam_closure", "two_optimizers", "in_backward"],
+    *[pytest.param(kind, marks=pytest.mark.slow) for kind in ("adamw_foreach", "lbfgs")],
+]
 
 
 def save_now(training: Training, path: Path) -> Path:
@@ -161,8 +162,8 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     opened, write = threading.Event(), PendingSave._write_new
 
     def write_later(self: PendingSave, file: Path, timeout_s: float) -> Any:
-        while not opened.is_set() and not self.num_late_steps:
-            time.sleep(0.001)
+        while not opened.wait(0.001) and not self.num_late_steps:
+            pass
         return write(self, file, timeout_s)
 
     monkeypatch.setattr(PendingSave, "_write_new", write_later)
@@ -394,8 +395,8 @@ def adamw_fused(params: Any) -> torch.optim.Optimizer:
     ("io", "module", "optimizer"),
     [
         ("strategy", Automatic, adamw_fused),
-        ("strategy", Manual, adamw_foreach),
-        ("plugin", Automatic, adamw_foreach),
+        pytest.param("strategy", Manual, adamw_foreach, marks=pytest.mark.slow),
+        pytest.param("plugin", Automatic, adamw_foreach, marks=pytest.mark.slow),
         ("plugin", Manual, adamw_fused),
     ],
 )
