@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import faulthandler
 import fnmatch
 import json
 import os
@@ -108,6 +109,7 @@ def in_fork(job: Job) -> int:
             log = os.open(job.notes / f"log-{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)
             os.dup2(log, 2)
+            faulthandler.dump_traceback_later(0.75 * DEADLINE_S)  # where one hangs that outlives another
             train(job)
             status = 0
         except BaseException:

@@ -257,8 +257,9 @@ class Meeting:
                 if verdict != _PUBLISH or is_extended or not may_extend:
                     waited_s = within_s if now >= deadline else now - self._start
                     raise RanksMissingError(f"saving {self.path} was given up after {waited_s:.3g} s: {who_is_missing()}")
+                # All is written and checked: a rename is left.
+                deadline, is_extended = now + min(within_s, self._patience_s), True
                 self._patience_s = math.inf
-                deadline, is_extended = deadline + within_s, True  # all is written and checked: a rename is left
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S)
 

@@ -383,6 +383,17 @@ def test_closing_in_a_hurry_does_not_wait_for_ranks_that_are_gone(make: Any, tmp
         checkpointer.close(others_timeout_s=0.3)
 
 
+def test_closing_in_a_hurry_does_not_wait_for_a_rank_0_that_died_while_it_published(make: Any, tmp_path: Path) -> None:
+    checkpointer = make()
+    pending = checkpointer.save(tmp_path / "a", [rows(1, 2)], {}, rank=1, world_size=2, save_id="s", timeout_s=600.0)
+    control = tmp_path / ".a.s.partial" / "control"
+    while not (control / "report-00001.json").exists():
+        assert not pending.done()
+    (control / "verdict.json").write_text('{"publish": "yes"}')
+    with pytest.raises(RanksMissingError, match="rank 0 had all reports|ranks \\[0\\]"):
+        checkpointer.close(others_timeout_s=0.3)
+
+
 # --------------------------------------------------------------------------------------------------- leftovers
 
 DIES_WHILE_SAVING = """
