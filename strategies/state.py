@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,14 @@ from kenotron.parallel.grads import local
 from kenotron.parallel.shards import TensorShard, canonical
 
 _MODEL = "model/"
+
+
+class _Place(NamedTuple):
+    """Where in the global tensor a rank's part of a parameter lies, and who holds the same part."""
+
+    global_shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    owners: tuple[int, ...]
 
 
 class CheckpointState:
@@ -45,6 +53,9 @@ class CheckpointState:
         self._optimizers = optimizers
         self._layout = layout
         self._where = layout.coordinates(rank)
+        # Neither changes from save to save, and a save returns at once.
+        self._first_holders: dict[tuple[int, ...], int] = {}
+        self._places: dict[tuple[str, tuple[int, ...], bool], _Place] = {}
         self._sharing = sharing if sharing is not None else range(layout.world_size)
 
     def layout_sizes(self) -> dict[str, int]:
@@ -202,7 +213,7 @@ class CheckpointState:
         full_name = f"optimizer.{index}/{name}/{key}"
         if value.shape == param.shape:
             return self._boxed(full_name, name, value, lazy=True)
-        return LocalTensor.whole(full_name, local(value), owners=(self._first(self._all_holders(name)),), lazy=True)
+        return LocalTensor.whole(full_name, local(value), owners=(self._first_holder(name),), lazy=True)
 
     def _own_parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
         own = {id(param): name for name, param in self._done.named_parameters().items()}
@@ -213,19 +224,25 @@ class CheckpointState:
 
     def _boxed(self, full_name: str, name: str, value: Tensor, *, lazy: bool) -> LocalTensor:
         """Describe a tensor that is cut like the parameter ``name``."""
+        key = (name, tuple(value.shape), isinstance(value, DTensor))
+        place = self._places.get(key) or self._places.setdefault(key, self._place_of(name, value))
+        return LocalTensor(
+            name=full_name,
+            tensor=local(value),
+            global_shape=place.global_shape,
+            pieces=place.pieces,
+            owners=place.owners,
+            lazy=lazy,
+        )
+
+    def _place_of(self, name: str, value: Tensor) -> _Place:
         shard = self._done.shards.of(name, value)
         rows = None
         if isinstance(value, DTensor):
             shape, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
             rows = (offset[0], shape[0])
-        return LocalTensor(
-            name=full_name,
-            tensor=local(value),
-            global_shape=shard.global_shape,
-            pieces=tuple(pieces_of(shard, rows)),
-            owners=tuple(self._holders_of_same_box(name, shard, isinstance(value, DTensor))),
-            lazy=lazy,
-        )
+        owners = self._holders_of_same_box(name, shard, isinstance(value, DTensor))
+        return _Place(shard.global_shape, tuple(pieces_of(shard, rows)), tuple(owners))
 
     def _holders_of_same_box(self, name: str, shard: TensorShard, is_sharded: bool) -> list[int]:
         """Return the ranks that hold the same part of a parameter as this one."""
@@ -236,16 +253,19 @@ class CheckpointState:
         boxes = itertools.product(stages, range(layout.dp_replicate), shards, contexts, shard.replicas)
         return sorted(layout.rank_at(*box) for box in boxes)
 
-    def _all_holders(self, name: str) -> list[int]:
-        """Return the ranks that hold any part of a parameter."""
-        layout = self._layout
+    def _first_holder(self, name: str) -> int:
+        """Return the rank that writes what all hold that hold any part of a parameter."""
         stages = self._done.shards.holders.get(name, (self._where.pp,))
-        return [layout.rank_at(pp, *rest) for pp in stages for rest in itertools.product(*map(range, layout.sizes[1:]))]
+        if stages not in self._first_holders:
+            self._first_holders[stages] = self._first(self._ranks_of(stages))
+        return self._first_holders[stages]
 
     def _ranks_of_stage(self, name: str) -> list[int]:
         """Return the ranks that have a buffer: those of this stage, or all."""
         cut = self._done.cut
-        stages = range(self._layout.pp) if cut is None or cut.stage_of(name) is None else (self._where.pp,)
+        return self._ranks_of(range(self._layout.pp) if cut is None or cut.stage_of(name) is None else (self._where.pp,))
+
+    def _ranks_of(self, stages: Sequence[int]) -> list[int]:
         return [self._layout.rank_at(*where) for where in itertools.product(stages, *map(range, self._layout.sizes[1:]))]
 
     def _first(self, ranks: Iterable[int]) -> int:
