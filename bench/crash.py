@@ -289,7 +289,9 @@ class Run(threading.Thread):
 
     def is_publishing(self) -> bool:
         """Tell whether a manifest is written and the rename is all that is left."""
-        return any(self.job.folder.glob(".*.partial/manifest.json*"))
+        with contextlib.suppress(FileNotFoundError):  # it has just been published
+            return any(self.job.folder.glob(".*.partial/manifest.json*"))
+        return False
 
     def wait_until(self, is_so: Callable[[], bool]) -> bool:
         """Wait for ``is_so``; False where the run ends first."""
