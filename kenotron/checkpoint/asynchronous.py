@@ -34,7 +34,7 @@ from typing import Any, Literal
 import torch
 
 from kenotron.callbacks_native import Engine, Snapshot
-from kenotron.checkpoint.durable import fsync_directory, write_durably
+from kenotron.checkpoint.durable import copy_durably, fsync_directory
 from kenotron.checkpoint.errors import CheckpointError, SaveFailedError
 from kenotron.checkpoint.format import LocalTensor, ShardLayout, unpublished
 from kenotron.checkpoint.guard import OptimizerGuard
@@ -241,7 +241,7 @@ def _link(before: PendingSave, file: Path) -> tuple[Checksums, str]:
     except OSError as error:
         if error.errno not in (errno.EPERM, errno.EXDEV, errno.EMLINK, errno.ENOTSUP, errno.ENOSYS):
             raise
-        write_durably(file, shard.read_bytes())
+        copy_durably(shard, file)
     return sums, origin
 
 

@@ -42,12 +42,11 @@ from torch.futures import Future
 
 from kenotron.callbacks_native import Engine
 from kenotron.checkpoint.asynchronous import EngineSettings
-from kenotron.checkpoint.durable import fsync_directory, put_in_place, write_durably
-from kenotron.checkpoint.format import MANIFEST, RESERVED_PREFIXES, LocalTensor, Piece, ShardEntry, lay_out, unpublished
+from kenotron.checkpoint.format import RESERVED_PREFIXES, LocalTensor, Piece, ShardEntry, lay_out, unpublished
 from kenotron.checkpoint.load import load_into, load_state
-from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, check_file_size, read_manifest
+from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, read_manifest
 from kenotron.checkpoint.meeting import FolderLock
-from kenotron.checkpoint.save import check_coverage, check_replaceable, remove_tree
+from kenotron.checkpoint.save import check_coverage, check_replaceable, publish_alone
 from kenotron.checkpoint.sources import Sources
 from kenotron.checkpoint.values import Attachments, encode
 
@@ -161,7 +160,6 @@ class KenotronStorageWriter(StorageWriter):
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
         assert self._path is not None and self._save is not None and self._lock is not None
-        folder = self._lock.folder
         written: list[tuple[MetadataIndex, _Written]] = [(r.index, r.storage_data) for rank in results for r in rank]
         files: dict[str, int] = defaultdict(int)
         pieces: dict[str, list[StoredPiece]] = defaultdict(list)
@@ -198,15 +196,7 @@ class KenotronStorageWriter(StorageWriter):
             state=encode(state, Attachments(tensor_prefix="state/", pickle_prefix="pickle-"), allow_pickle=False),
             rank_states=(None,) * self._save.world_size,
         )
-        for name, num_bytes in manifest.files.items():
-            check_file_size(folder / name, num_bytes)
-        write_durably(folder / MANIFEST, manifest.to_bytes())
-        self._lock.remove()
-        fsync_directory(folder)
-        former = put_in_place(folder, self._path, unpublished(self._path, self._save.save_id, "replaced"))
-        fsync_directory(self._path.parent)
-        if former is not None:
-            remove_tree(former)
+        publish_alone(manifest, self._lock)
 
     def storage_meta(self) -> StorageMeta | None:
         return StorageMeta(checkpoint_id=self._path, save_id=None if self._save is None else self._save.save_id)

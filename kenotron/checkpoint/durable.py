@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+import shutil
 from pathlib import Path
 
 _AT_FDCWD = -100
@@ -39,6 +40,16 @@ def write_durably(path: Path, data: bytes) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.rename(temporary, path)
+
+
+def copy_durably(source: Path, target: Path) -> None:
+    """Copy a file's content to ``target``, on the disk when this returns (its name: ``fsync_directory``)."""
+    shutil.copyfile(source, target)
+    descriptor = os.open(target, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def reserve(descriptor: int, num_bytes: int, path: Path) -> None:

@@ -35,7 +35,7 @@ from kenotron.checkpoint.manifest import head
 CONTROL = "control"
 _LOCK = "lock"
 _VERDICT = "verdict.json"
-_PUBLISH: dict[str, str] = {"publish": "yes"}
+PUBLISH: dict[str, str] = {"publish": "yes"}
 _PERHAPS = "perhaps"  # this node gives up, others may have published: nothing is removed
 _FAILURES = {error.__name__: error for error in (SaveFailedError, CoverageError, RanksMissingError)}
 _SHORTEST_PAUSE_S = 0.001
@@ -152,7 +152,7 @@ class Meeting:
 
     def decide_to_publish(self) -> None:
         """Close the save to failures of other ranks; raise the one that came first, if one did."""
-        self._raise_failure(self._decide(_PUBLISH))
+        raise_failure(self._decide(PUBLISH))
 
     def wait_for_publication(self) -> None:
         """Return when rank 0 has renamed the directory and cleared it; raise the failure that any rank has told."""
@@ -175,22 +175,21 @@ class Meeting:
             if not self._has_reported:  # so rank 0 cannot be publishing them; and a full disk gets room for the verdict
                 self._discard(own_files)
             if keep:
-                verdict = failing(own) | {"publish": _PERHAPS}
-                write_durably(self._control / _VERDICT, json.dumps(verdict).encode())
+                self._overrule(failing(own) | {"publish": _PERHAPS})
                 return own
             verdict = self._decide(failing(own))
             if verdict["publish"] == _PERHAPS:
-                return failure(verdict)
-            if verdict == _PUBLISH:
+                return _failure(verdict)
+            if verdict == PUBLISH:
                 if not self.leads:
                     return own
                 verdict = failing(own)  # the rename itself failed: only who decided can take it back
-                write_durably(self._control / _VERDICT, json.dumps(verdict).encode())
+                self._overrule(verdict)
             self._discard(own_files)
             os.rename(self._control / f"begun-{self._rank:05d}", self._control / f"left-{self._rank:05d}")
             if not self._missing("left") or (self._start_timeout_s is not None and not self._present("begun")):
                 shutil.rmtree(self.folder)
-            return failure(verdict)
+            return _failure(verdict)
         return own
 
     def sweep(self) -> None:
@@ -246,7 +245,7 @@ class Meeting:
         is_extended = False
         while not is_done():
             verdict = self._read_verdict()
-            self._raise_failure(verdict)
+            raise_failure(verdict)
             if self._is_gone() and not is_done():
                 raise SaveFailedError(
                     f"the files of the save of {self.path} (save id {self._save_id}) are gone: "
@@ -254,7 +253,7 @@ class Meeting:
                 )
             now = time.monotonic()
             if now >= min(deadline, max(began, self._hurried) + own_part_s + self._patience_s):
-                if verdict != _PUBLISH or is_extended or not may_extend:
+                if verdict != PUBLISH or is_extended or not may_extend:
                     waited_s = within_s if now >= deadline else now - self._start
                     raise RanksMissingError(f"saving {self.path} was given up after {waited_s:.3g} s: {who_is_missing()}")
                 # All is written and checked: a rename is left.
@@ -313,17 +312,15 @@ class Meeting:
             draft.unlink()
         return verdict
 
+    def _overrule(self, verdict: dict[str, str]) -> None:
+        write_durably(self._control / _VERDICT, json.dumps(verdict).encode())
+
     def _read_verdict(self) -> dict[str, str] | None:
         try:
             verdict: dict[str, str] = json.loads((self._control / _VERDICT).read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             return None
         return verdict
-
-    @staticmethod
-    def _raise_failure(verdict: dict[str, str] | None) -> None:
-        if verdict is not None and verdict != _PUBLISH:
-            raise failure(verdict)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
@@ -368,6 +365,12 @@ def failing(error: SaveFailedError) -> dict[str, str]:
     return {"publish": "no", "error": type(error).__name__, "message": str(error)}
 
 
-def failure(verdict: dict[str, str]) -> SaveFailedError:
+def raise_failure(verdict: dict[str, str] | None) -> None:
+    """Raise what a verdict tells, if there is one and it does not tell to publish."""
+    if verdict is not None and verdict != PUBLISH:
+        raise _failure(verdict)
+
+
+def _failure(verdict: dict[str, str]) -> SaveFailedError:
     """Return what a failing verdict makes others raise."""
     return _FAILURES.get(verdict["error"], SaveFailedError)(verdict["message"])

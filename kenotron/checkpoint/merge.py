@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kenotron.checkpoint.boxes import Box
-from kenotron.checkpoint.durable import fsync_directory, put_in_place, write_durably
+from kenotron.checkpoint.durable import copy_durably
 from kenotron.checkpoint.errors import MismatchError
-from kenotron.checkpoint.format import MANIFEST, unpublished
+from kenotron.checkpoint.format import unpublished
 from kenotron.checkpoint.manifest import Manifest, StoredPiece, read_manifest
 from kenotron.checkpoint.meeting import FolderLock
-from kenotron.checkpoint.save import check_coverage, check_replaceable, remove_tree
+from kenotron.checkpoint.save import check_coverage, check_replaceable, publish_alone, remove_tree
 
 
 def merge(parts: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> Manifest:
@@ -40,14 +39,8 @@ def merge(parts: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str])
     lock = FolderLock(folder)
     for name in merged.files:
         source = next(manifest.path / name for manifest in manifests if name in manifest.files)
-        _copy_durably(source, folder / name)
-    write_durably(folder / MANIFEST, merged.to_bytes())
-    fsync_directory(folder)
-    lock.remove()
-    former = put_in_place(folder, target, unpublished(target, merged.save_id, "replaced"))
-    fsync_directory(target.parent)
-    if former is not None:
-        remove_tree(former)
+        copy_durably(source, folder / name)
+    publish_alone(merged, lock)
     return merged
 
 
@@ -98,12 +91,3 @@ def _merged(ordered: Sequence[Manifest], path: Path) -> Manifest:
         is_merged=True,
         node=None,
     )
-
-
-def _copy_durably(source: Path, target: Path) -> None:
-    shutil.copyfile(source, target)
-    descriptor = os.open(target, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

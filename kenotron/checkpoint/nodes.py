@@ -35,9 +35,8 @@ from kenotron.checkpoint.durable import fsync_directory, make_directories, put_i
 from kenotron.checkpoint.errors import CheckpointError, CoverageError, NotACheckpointError, SaveFailedError
 from kenotron.checkpoint.format import MANIFEST, unpublished_name
 from kenotron.checkpoint.manifest import NodePart, StoredTensor, is_checkpoint, parse_manifest, read_manifest
-from kenotron.checkpoint.meeting import CONTROL, Meeting, failing, failure, is_dead
+from kenotron.checkpoint.meeting import CONTROL, PUBLISH, Meeting, failing, is_dead, raise_failure
 
-_PUBLISH = {"publish": "yes"}
 _STORE_PREFIX = "kenotron/checkpoints"
 
 
@@ -107,7 +106,7 @@ class Council:
         if self._nodes.index == 0:
             self._wait(lambda: not self._missing("part"), None, lambda: f"nodes {self._missing('part')} are not ready")
             _check_whole([self._take_part(node) for node in range(self._nodes.count)])
-            self._decide(_PUBLISH)
+            self._decide(PUBLISH)
         self._wait(lambda: self._verdict() is not None, None, lambda: "node 0 has not decided")
         self._raise_failure()
         self._has_decided = True
@@ -126,7 +125,7 @@ class Council:
             said = self._get(f"published/{node}")
             if said != b"yes":
                 self._has_told = False  # nor is there here
-                raise failure(json.loads(said))
+                raise_failure(json.loads(said))
 
     def tell(self, error: SaveFailedError) -> None:
         """Tell the other nodes that this one has failed, unless it was one of them that did."""
@@ -144,7 +143,7 @@ class Council:
         if self._has_decided:
             return True
         try:
-            return self._verdict() in (None, _PUBLISH)
+            return self._verdict() in (None, PUBLISH)
         except InDoubtError:
             return True
 
@@ -167,9 +166,7 @@ class Council:
         return verdict
 
     def _raise_failure(self) -> None:
-        verdict = self._verdict()
-        if verdict is not None and verdict != _PUBLISH:
-            raise failure(verdict)
+        raise_failure(self._verdict())
 
     def _take_part(self, node: int) -> dict[str, Any]:
         key = f"part/{node}"

@@ -43,7 +43,7 @@ from kenotron.checkpoint.format import (
     unpublished_name,
 )
 from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, check_file_size, is_checkpoint
-from kenotron.checkpoint.meeting import Meeting
+from kenotron.checkpoint.meeting import FolderLock, Meeting
 from kenotron.checkpoint.nodes import Council, Nodes
 from kenotron.checkpoint.values import Attachments, encode
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
@@ -458,6 +458,20 @@ def check_replaceable(path: Path) -> None:
     if not path.exists() or is_checkpoint(path) or (path.is_dir() and not any(path.iterdir())):
         return
     raise ValueError(f"{path} exists and is not a checkpoint; choose another path, or remove it first")
+
+
+def publish_alone(manifest: Manifest, lock: FolderLock) -> None:
+    """Give the directory that ``lock`` marks, whose files are durable, its manifest and its name; remove what it replaces."""
+    folder, path = lock.folder, manifest.path
+    for name, num_bytes in manifest.files.items():
+        check_file_size(folder / name, num_bytes)
+    write_durably(folder / MANIFEST, manifest.to_bytes())
+    lock.remove()
+    fsync_directory(folder)
+    former = put_in_place(folder, path, unpublished(path, manifest.save_id, "replaced"))
+    fsync_directory(path.parent)
+    if former is not None:
+        remove_tree(former)
 
 
 def remove_tree(path: Path) -> None:
