@@ -31,6 +31,29 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 64,
     },
+    "deepseek_v3": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_rope_head_dim": 8,
+        "qk_nope_head_dim": 16,
+        "v_head_dim": 16,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "first_k_dense_replace": 1,
+    },
+    "gpt_oss": {
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 8,
+        "attn_implementation": "eager",
+    },
     "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
 }
 
@@ -38,6 +61,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def build(architecture: str, layers: int = 4, **overrides: Any) -> Any:
     """Return a tiny causal LM of one architecture with random weights."""
     settings = {**ARCHITECTURES[architecture], **overrides}
+    attention = settings.pop("attn_implementation", "sdpa")
     config = AutoConfig.for_model(
         settings.pop("model_type", architecture),
         hidden_size=64,
@@ -48,7 +72,7 @@ def build(architecture: str, layers: int = 4, **overrides: Any) -> Any:
         max_position_embeddings=64,
         **settings,
     )
-    return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
 
 
 class TinyLM(L.LightningModule):

@@ -92,6 +92,23 @@ CASES = [
     Case("dp 2 × tp 2 × pp 2, zero 3, SP", 8, {"tp": 2, "pp": 2, "zero_stage": 3, "sequence_parallel": True}),
     Case("dp 2 × tp 2 × pp 2, zero 2, interleaved", 8,
          {"tp": 2, "pp": 2, "zero_stage": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}),
+    Case("ep 2, zero 0", 2, {"ep": 2, "zero_stage": 0}, model("mixtral"), quick=True),
+    Case("ep 2, zero 1", 2, {"ep": 2}, model("qwen3_moe"), CLIP, quick=True),
+    Case("ep 2, zero 3", 2, {"ep": 2, "zero_stage": 3}, model("mixtral")),
+    Case("ep 2 in dp 4, zero 0", 4, {"ep": 2, "zero_stage": 0}, model("mixtral"), CLIP),
+    Case("ep 2 in dp 4, zero 1, accumulate 2", 4, {"ep": 2}, model("mixtral"), {**ACCUMULATE, **CLIP}),
+    Case("ep 2 in dp 4, zero 2", 4, {"ep": 2, "zero_stage": 2}, model("qwen3_moe")),
+    Case("ep 2 in dp 4, zero 3, made in configure_model", 4, {"ep": 2, "zero_stage": 3}, model("qwen3_moe", late=True)),
+    Case("ep 2, HSDP 2 × 2, zero 1", 4, {"ep": 2, "dp_replicate": 2}, model("mixtral"), CLIP),
+    Case("ep 4, zero 1", 4, {"ep": 4}, model("mixtral"), CLIP, quick=True),
+    Case("ep 4, zero 3: deepseek_v3", 4, {"ep": 4, "zero_stage": 3}, model("deepseek_v3")),
+    Case("ep 2 × tp 2, zero 1", 4, {"ep": 2, "tp": 2}, model("mixtral"), CLIP),
+    Case("ep 2 × tp 2, zero 3, SP", 4, {"ep": 2, "tp": 2, "zero_stage": 3, "sequence_parallel": True}, model("qwen3_moe")),
+    Case("ep 2 × tp 2: gpt_oss", 4, {"ep": 2, "tp": 2}, model("gpt_oss"), CLIP),
+    Case("ep 2 × pp 2, zero 0", 4, {"ep": 2, "pp": 2, "zero_stage": 0}, model("mixtral"), CLIP),
+    Case("ep 2 × pp 2, zero 1, interleaved", 4,
+         {"ep": 2, "pp": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, model("qwen3_moe")),
+    Case("ep 2 in dp 2 × tp 2 × pp 2, zero 1", 8, {"ep": 2, "tp": 2, "pp": 2}, model("mixtral"), CLIP),
     *(
         Case(f"{name}: tp 2 × pp 2{', SP' if sp else ''}", 4, {"tp": 2, "pp": 2, "sequence_parallel": sp}, model(name))
         for name, sp in (

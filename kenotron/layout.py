@@ -151,13 +151,19 @@ class ParallelLayout:
 
         Axes of size 1 are kept: one path for every layout.
         """
-        from torch.distributed.device_mesh import init_device_mesh
+        return _mesh(device_type, self.sizes, AXES, timeout)
 
-        from kenotron.parallel._torch import group_options
+    def expert_mesh(self, device_type: str, timeout: timedelta | None = None) -> DeviceMesh:
+        """Return the mesh in which experts live: ``dp_shard × cp`` becomes ``expert_shard × ep``.
 
-        # A group made by a mesh does not inherit the time-out that init_process_group was given.
-        overrides: Any = None if timeout is None else {axis: (None, group_options(device_type, timeout)) for axis in AXES}
-        return init_device_mesh(device_type, self.sizes, mesh_dim_names=AXES, backend_override=overrides)
+        Ranks that are neighbours on ``ep`` have different experts; those of one ``expert_shard`` column have the same.
+        """
+        sizes = (self.pp, self.dp_replicate, self.dp_shard * self.cp // self.ep, self.ep, self.tp)
+        return _mesh(device_type, sizes, ("pp", "dp_replicate", "expert_shard", "ep", "tp"), timeout)
+
+    def ep_rank(self, dp_shard: int, cp: int) -> int:
+        """Return the expert-parallel coordinate of the ranks at ``dp_shard`` and ``cp``."""
+        return (dp_shard * self.cp + cp) % self.ep
 
     def __str__(self) -> str:
         return self.table()
@@ -168,10 +174,13 @@ class ParallelLayout:
         lines = [f"{head}   ZeRO {self.zero_stage}   world {self.world_size}"]
         columns = [axis for axis, size in zip(AXES, self.sizes, strict=True) if size > 1]
         if columns:
-            lines.append("rank  " + "  ".join(f"{axis:>12}" for axis in columns) + "  loads batches of")
+            heads = [*columns, *(["ep"] if self.ep > 1 else [])]
+            lines.append("rank  " + "  ".join(f"{axis:>12}" for axis in heads) + "  loads batches of")
         for rank in range(min(self.world_size, max_rows) if columns else 0):
             where = self.coordinates(rank)
-            cells = "  ".join(f"{getattr(where, axis):>12}" for axis in columns)
+            numbers = [getattr(where, axis) for axis in columns]
+            numbers += [self.ep_rank(where.dp_shard, where.cp)] if self.ep > 1 else []
+            cells = "  ".join(f"{number:>12}" for number in numbers)
             lines.append(f"{rank:>4}  {cells}  dp rank {self.dp_rank(rank)}")
         if columns and self.world_size > max_rows:
             lines.append(f" ...  ({self.world_size - max_rows} more ranks)")
@@ -181,6 +190,16 @@ class ParallelLayout:
 
     def _named_sizes(self) -> list[tuple[str, int]]:
         return [("pp", self.pp), ("dp", self.dp_size), ("cp", self.cp), ("tp", self.tp), ("ep", self.ep)]
+
+
+def _mesh(device_type: str, sizes: tuple[int, ...], axes: tuple[str, ...], timeout: timedelta | None) -> DeviceMesh:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    from kenotron.parallel._torch import group_options
+
+    # A group made by a mesh does not inherit the time-out that init_process_group was given.
+    overrides: Any = None if timeout is None else {axis: (None, group_options(device_type, timeout)) for axis in axes}
+    return init_device_mesh(device_type, sizes, mesh_dim_names=axes, backend_override=overrides)
 
 
 def _check_size(name: str, value: object) -> None:

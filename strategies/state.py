@@ -250,8 +250,12 @@ class CheckpointState:
         stages = self._done.shards.holders.get(name, (where.pp,))
         shards = [where.dp_shard] if is_sharded else range(layout.dp_shard)
         contexts = [where.cp] if is_sharded else range(layout.cp)
-        boxes = itertools.product(stages, range(layout.dp_replicate), shards, contexts, shard.replicas)
-        return sorted(layout.rank_at(*box) for box in boxes)
+        pairs = list(itertools.product(shards, contexts))
+        if shard.experts is not None:
+            mine = layout.ep_rank(where.dp_shard, where.cp)
+            pairs = [pair for pair in pairs if layout.ep_rank(*pair) == mine]
+        boxes = itertools.product(stages, range(layout.dp_replicate), pairs, shard.replicas)
+        return sorted(layout.rank_at(pp, copy, *pair, tp) for pp, copy, pair, tp in boxes)
 
     def _first_holder(self, name: str) -> int:
         """Return the rank that writes what all hold that hold any part of a parameter."""
@@ -277,7 +281,7 @@ def pieces_of(shard: TensorShard, rows: tuple[int, int] | None) -> Iterator[Piec
     """Yield the boxes of the global tensor that lie in a local one.
 
     Args:
-        shard: what tensor parallelism left here. rows: ``(start, length)`` along dimension 0 of that, what ZeRO left here.
+        shard: what tp and ep left here. rows: ``(start, length)`` along dimension 0 of that, what ZeRO left here.
     """
     shape = shard.shape
     first, count = rows if rows is not None else (0, shape[0] if shape else 0)
@@ -292,7 +296,7 @@ def pieces_of(shard: TensorShard, rows: tuple[int, int] | None) -> Iterator[Piec
         for begin, start, length in segments:
             box, where, offset = list(shape), list(zeros), list(zeros)
             if shape:
-                box[0], offset[0] = count, first
+                box[0], offset[0] = count, first + (shard.experts[0] if shard.experts is not None else 0)
             if shard.dim is not None:
                 box[shard.dim], where[shard.dim], offset[shard.dim] = length, begin, start
             yield Piece(local=tuple(where), offset=tuple(offset), shape=tuple(box))

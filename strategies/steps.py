@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from kenotron.parallel.expert import ExpertParallel
 from kenotron.parallel.pipeline import Pipeline
 from kenotron.parallel.random import RandomStreams
 from kenotron.strategies.logs import Call, LogRelay, merge, recording
@@ -26,6 +27,7 @@ class PipelineSteps:
     Args:
         module: the LightningModule. pipeline: over its cut. splitter: batch size -> microbatches.
         relay: of log calls. streams: random streams. tokens: counts tokens where the loss is a sum.
+        experts: the ep axis, if there is one.
     """
 
     def __init__(
@@ -36,6 +38,7 @@ class PipelineSteps:
         relay: LogRelay,
         streams: RandomStreams,
         tokens: TokenCount,
+        experts: ExpertParallel | None = None,
     ) -> None:
         self._module = module
         self._pipeline = pipeline
@@ -43,6 +46,7 @@ class PipelineSteps:
         self._relay = relay
         self._streams = streams
         self._tokens = tokens
+        self._experts = experts
         self._knows_form = False
 
     # ------------------------------------------------------------------------------------------------------ training
@@ -104,10 +108,11 @@ class PipelineSteps:
 
     @contextlib.contextmanager
     def _no_trace(self) -> Iterator[None]:
-        """Put back the buffers and random numbers that a probe moves."""
+        """Put back the buffers and random numbers that a probe moves, and ask nothing of ranks that need no probe."""
         buffers = [(buffer, buffer.clone()) for buffer in self._module.buffers()]
+        silent = contextlib.nullcontext() if self._experts is None else self._experts.silent()
         try:
-            with self._streams.untouched():
+            with self._streams.untouched(), silent:
                 yield
         finally:
             with torch.no_grad():

@@ -62,7 +62,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
     """Train any LightningModule on data × tensor × pipeline parallelism.
 
     Args:
-        tp: tensor-parallel ranks. pp: pipeline ranks. cp, ep: context and expert parallelism, 1 for now.
+        tp: tensor-parallel ranks. pp: pipeline ranks. cp: context-parallel ranks, 1 for now.
+        ep: expert-parallel ranks, borrowed from ``dp_shard × cp``.
         dp: data-parallel ranks; ``"auto"`` takes what the world leaves. dp_replicate: copies of the sharded state (HSDP).
         zero_stage: 0 replicates, 1 shards the optimizer state, 2 also gradients, 3 also parameters.
         sequence_parallel: cut hidden states along the sequence between tensor-parallel regions.
@@ -70,6 +71,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         microbatches: into how many parts a batch is split under pp.
         virtual_stages: stages per pipeline rank.
         blocks: name of the module's list of like layers, where it can't be found.
+        capacity_factor: an expert takes so many times its even share of a rank's tokens, and drops the rest; ``None``: all.
         plan: what becomes of each module, as a ``ParallelPlan`` or a mapping of name patterns to styles.
         process_group, checkpoint: further settings.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in Lightning's strategies.
@@ -92,6 +94,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         microbatches: int | Literal["auto"] = "auto",
         virtual_stages: int = 1,
         blocks: str | None = None,
+        capacity_factor: float | None = None,
         plan: ParallelPlan | Mapping[str, str] | None = None,
         *,
         process_group: ProcessGroupSettings | None = None,
@@ -103,9 +106,10 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         precision_plugin: Any = None,
     ) -> None:
         self._wanted = ParallelLayout(dp=dp, tp=tp, pp=pp, cp=cp, ep=ep, dp_replicate=dp_replicate, zero_stage=zero_stage)
-        for axis, name in ((cp, "cp"), (ep, "ep")):
-            if axis > 1:
-                raise ValueError(f"{name}={axis} is not available yet. Set {name}=1.")
+        if cp > 1:
+            raise ValueError(f"cp={cp} is not available yet. Set cp=1.")
+        if capacity_factor is not None and (ep == 1 or capacity_factor <= 0):
+            raise ValueError(f"capacity_factor={capacity_factor}, ep={ep}: it is a positive number, for ep > 1. Set it to None.")
         _check_microbatches(microbatches, pp)
         pipelines.check_schedule(schedule, virtual_stages, pp)
         if pp > 1 and microbatches != "auto":
@@ -114,6 +118,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             raise ValueError("sequence_parallel=True cuts sequences over the tp ranks, but tp=1. Set tp > 1, or False.")
         self._schedule, self._virtual_stages, self._microbatches = schedule, virtual_stages, microbatches
         self._sequence_parallel, self._blocks, self._plan = sequence_parallel, blocks, ParallelPlan.of(plan)
+        self._capacity_factor = capacity_factor
         self._group_settings = process_group or ProcessGroupSettings()
         self._checkpoint_settings = checkpoint or CheckpointSettings()
         self._held_checkpointer: Checkpointer | None = None
@@ -128,6 +133,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self.num_nodes = 1
         self._layout: ParallelLayout | None = None
         self._mesh: DeviceMesh | None = None
+        self._expert_mesh: DeviceMesh | None = None
         self._monitor: RankMonitor | None = None
         self._done: Parallelized | None = None
         self._steps: PipelineSteps | None = None
@@ -154,6 +160,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self.names.init_dist_connection(self.cluster_environment, backend, timeout=settings.timeout)
         if self._mesh is None:
             self._mesh = self._layout.device_mesh(self.root_device.type, settings.timeout)
+            if self._layout.ep > 1:
+                self._expert_mesh = self._layout.expert_mesh(self.root_device.type, settings.timeout)
             self._dp_group = flatten(self._mesh, "dp_replicate", "dp_shard", name="dp").get_group()
             self._host_pp_group = self._host_group()
         store = default_store()
@@ -313,11 +321,12 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             schedule=self._schedule,
             virtual_stages=self._virtual_stages,
             sequence_parallel=self._sequence_parallel,
+            capacity_factor=self._capacity_factor,
             manual_optimization=not module.automatic_optimization,
         )
         if self._layer_sync is not None and self.is_distributed:
             nn.SyncBatchNorm.convert_sync_batchnorm(module, self._dp_group)
-        done = parallelize(module, self._mesh, request)
+        done = parallelize(module, self._mesh, request, self._expert_mesh)
         module.__dict__["_kenotron"] = done
         return done
 
@@ -356,7 +365,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         relay = LogRelay(module, pipeline.group, self._host_pp_group, pipeline.last_rank, self._dp_group, self.root_device)
         assert self._tokens is not None
         splitter = Splitter(self._microbatches, self._schedule, self.layout.pp)
-        self._steps = PipelineSteps(module, pipeline, splitter, relay, self._streams, self._tokens)
+        self._steps = PipelineSteps(module, pipeline, splitter, relay, self._streams, self._tokens, done.experts)
         if trainer.state.fn == self.names.TrainerFn.FITTING:
             _lightning.skip_backward(trainer)
         for name in _HOOKS_WITH_RESULTS:

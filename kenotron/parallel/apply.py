@@ -2,7 +2,7 @@
 
 cut (PP) → experts (EP) → tensor (TP/SP) → context (CP) → recompute → compile → shard (DP) → materialise → load
 
-Recompute and compile are the user's own calls on blocks, made before; experts and context have nothing to apply at size 1.
+Recompute and compile are the user's own calls on blocks, made before.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from kenotron.layout import ParallelLayout
-from kenotron.parallel import init, pipeline, stages, tensor
+from kenotron.parallel import expert, init, pipeline, stages, tensor
 from kenotron.parallel._torch import flatten
 from kenotron.parallel.cut import Cut
 from kenotron.parallel.data import FullySharded, GradientReducer, SharedBuffers, layers_to_shard
+from kenotron.parallel.expert import ExpertParallel
 from kenotron.parallel.grads import GradientNorm, OwedSums
 from kenotron.parallel.plan import ParallelPlan, find_plan, pipeline_hints
 from kenotron.parallel.shards import Shards, canonical, empty_parameter
@@ -35,6 +36,7 @@ class Request:
     Args:
         layout: resolved. plan: the user's, if any. blocks: the user's name of the block list, if any.
         schedule, virtual_stages, sequence_parallel: as in ``KenotronStrategy``.
+        capacity_factor: as in ``ExpertParallel``.
         manual_optimization: updates happen inside the step.
         device: of this rank. seed: for weights that are made here.
     """
@@ -47,6 +49,7 @@ class Request:
     schedule: str = "1f1b"
     virtual_stages: int = 1
     sequence_parallel: bool = False
+    capacity_factor: float | None = None
     manual_optimization: bool = False
 
 
@@ -56,7 +59,8 @@ class Parallelized:
 
     Args:
         root: the module. shards: what this rank holds of each parameter.
-        cut: the pipeline cut, if ``pp > 1``. sharded: FSDP2's part; reducer: that of plain replicas.
+        cut: the pipeline cut, if ``pp > 1``. experts: the ep axis, if ``ep > 1``.
+        sharded: FSDP2's part; reducers: those of plain replicas.
         num_parameters: of the whole module.
     """
 
@@ -66,8 +70,9 @@ class Parallelized:
     norm: GradientNorm
     aliases: dict[str, str]
     cut: Cut | None = None
+    experts: ExpertParallel | None = None
     sharded: FullySharded | None = None
-    reducer: GradientReducer | None = None
+    reducers: list[GradientReducer] = field(default_factory=list)
     owed: OwedSums | None = None
     buffers: SharedBuffers | None = None
     num_parameters: int = 0
@@ -89,8 +94,9 @@ class Parallelized:
         """Prepare the next backward pass (see ``FullySharded.before_backward``)."""
         if self.sharded is not None:
             self.sharded.before_backward(last_microbatch=last_microbatch, sync=sync)
-        if self.reducer is not None and last_microbatch and sync:
-            self.reducer.arm()
+        if last_microbatch and sync:
+            for reducer in self.reducers:
+                reducer.arm()
 
     @contextlib.contextmanager
     def kept_apart(self) -> Iterator[None]:
@@ -109,33 +115,40 @@ class Parallelized:
 
     def finish_gradients(self) -> None:
         """After the last backward pass before an update: make every gradient that of the whole global batch."""
-        if self.reducer is not None:
-            self.reducer.finish()
+        for reducer in self.reducers:
+            reducer.finish()
         if self.owed:
             self.owed.pay(self.named_parameters())
 
 
-def parallelize(root: nn.Module, mesh: DeviceMesh | None, request: Request) -> Parallelized:
+def parallelize(
+    root: nn.Module, mesh: DeviceMesh | None, request: Request, expert_mesh: DeviceMesh | None = None
+) -> Parallelized:
     """Apply ``request`` to ``root`` in place.
 
     Args:
         mesh: of the layout; ``None`` for one process, where nothing is applied but the making of weights.
+        expert_mesh: of the layout, if ``ep > 1``.
 
     Raises:
         ValueError: the module can't be cut as asked.
     """
     layout = request.layout
-    shards = Shards(tp=layout.tp)
+    shards = Shards(tp=layout.tp, ep=layout.ep)
     aliases = _aliases(root)
     done = Parallelized(root=root, layout=layout, shards=shards, norm=GradientNorm(layout, shards), aliases=aliases)
     done.num_parameters = sum(p.numel() for p in root.parameters())
     plan = find_plan(root, request.plan)
+    spread = {} if expert_mesh is None else expert.find_experts(root)
+    if expert_mesh is not None:
+        expert.check_experts(root, spread, layout.ep)
     if mesh is not None:
         init.broadcast_weights(root, request.device)
         blocks = _blocks(root, plan, request)
         pp_groups = _cut(done, mesh, plan, blocks, request)
+        _expert_parallel(done, expert_mesh, list(spread), request)
         kv_group = _tensor_parallel(done, mesh, plan, blocks, request)
-        _data_parallel(done, mesh, blocks, request)
+        _data_parallel(done, mesh, expert_mesh, blocks, request)
         done.owed = OwedSums(shards, mesh["tp"].get_group(), kv_group, pp_groups)
     init.materialize(root, shards, aliases, request.seed, request.device)
     _move(root, request.device)
@@ -213,6 +226,21 @@ def _groups_of_holders(shards: Shards, mesh: DeviceMesh) -> dict[tuple[int, ...]
     return groups
 
 
+def _expert_parallel(done: Parallelized, mesh: DeviceMesh | None, names: Sequence[str], request: Request) -> None:
+    """Experts: this rank keeps its part of each stack."""
+    if mesh is None:
+        return
+    done.experts = expert.ExpertParallel(
+        group=mesh["ep"].get_group(),
+        rank=mesh["ep"].get_local_rank(),
+        size=request.layout.ep,
+        shards=done.shards,
+        capacity_factor=request.capacity_factor,
+    )
+    done.experts.apply(done.root, [name for name in names if not (done.cut and done.cut.is_elsewhere(canonical(name)))])
+    done.shards.use_canonical_names(done.aliases)
+
+
 def _tensor_parallel(
     done: Parallelized, mesh: DeviceMesh, plan: ParallelPlan | None, blocks: str | None, request: Request
 ) -> dist.ProcessGroup | None:
@@ -274,7 +302,9 @@ def _group_of_shared_heads(shards: Shards, mesh: DeviceMesh) -> dist.ProcessGrou
     return found
 
 
-def _data_parallel(done: Parallelized, mesh: DeviceMesh, blocks: str | None, request: Request) -> None:
+def _data_parallel(
+    done: Parallelized, mesh: DeviceMesh, expert_mesh: DeviceMesh | None, blocks: str | None, request: Request
+) -> None:
     layout, root = request.layout, done.root
     replicas = layout.dp_size * layout.cp
     if replicas == 1:
@@ -285,27 +315,52 @@ def _data_parallel(done: Parallelized, mesh: DeviceMesh, blocks: str | None, req
             "zero_stage=0, or schedule='interleaved_1f1b'."
         )
     group = flatten(mesh, "dp_replicate", "dp_shard", "cp", name="dp_cp").get_group()
-    stage = layout.zero_stage if layout.dp_shard * layout.cp > 1 else 0
-    mine = [p for p in root.parameters() if p.numel()]
-    if stage == 0:
-        done.reducer = GradientReducer(mine, group)
-    else:
-        # FSDP2 can't shard scalars; empty ones belong to other stages.
-        scalars = [p for p in mine if p.ndim == 0]
-        ignored = {p for p in root.parameters() if p.numel() == 0} | set(scalars)
-        shard = flatten(mesh, "dp_shard", "cp", name="dp_shard_cp")
-        fsdp_mesh = _with_replicas(mesh, shard) if layout.dp_replicate > 1 else shard
-        layers = layers_to_shard(root, blocks, request.manual_optimization)
-        loose = [name for name, p in root.named_parameters(recurse=False) if p not in ignored]
-        if request.manual_optimization and loose:
-            raise ValueError(
-                f"zero_stage={stage} with manual optimization can't shard parameters of the LightningModule itself "
-                f"({', '.join(loose)}). Move them into a child module, or set zero_stage=0 (strategy='kenotron_ddp')."
-            )
-        tied = _tied_across(layers, root)
-        done.sharded = FullySharded(root, [layer for layer in layers if layer not in tied], fsdp_mesh, stage, ignored)
-        if scalars:
-            done.reducer = GradientReducer(scalars, group)
+    if layout.zero_stage and layout.dp_shard * layout.cp > 1:
+        _fully_shard(done, mesh, expert_mesh, group, blocks, request)
+        return
+    spread = _expert_parameters(done)
+    done.reducers.append(GradientReducer([p for p in root.parameters() if p.numel() and p not in spread], group))
+    if expert_mesh is not None:
+        same = flatten(expert_mesh, "dp_replicate", "expert_shard", name="expert_dp").get_group()
+        done.reducers.append(GradientReducer(spread, same, divisor=replicas))
+
+
+def _fully_shard(
+    done: Parallelized,
+    mesh: DeviceMesh,
+    expert_mesh: DeviceMesh | None,
+    group: dist.ProcessGroup,
+    blocks: str | None,
+    request: Request,
+) -> None:
+    """ZeRO 1 to 3. What FSDP2 can't shard is averaged over ``group``."""
+    layout, root = request.layout, done.root
+    scalars = [p for p in root.parameters() if p.ndim == 0]
+    ignored = {p for p in root.parameters() if p.numel() == 0} | set(scalars)  # empty ones belong to other stages
+    shard = flatten(mesh, "dp_shard", "cp", name="dp_shard_cp")
+    fsdp_mesh = _with_replicas(mesh, shard) if layout.dp_replicate > 1 else shard
+    layers = layers_to_shard(root, blocks, request.manual_optimization)
+    loose = [name for name, p in root.named_parameters(recurse=False) if p not in ignored]
+    if request.manual_optimization and loose:
+        raise ValueError(
+            f"zero_stage={layout.zero_stage} with manual optimization can't shard parameters of the LightningModule itself "
+            f"({', '.join(loose)}). Move them into a child module, or set zero_stage=0 (strategy='kenotron_ddp')."
+        )
+    tied = _tied_across(layers, root)
+    experts, over = [], None
+    if done.experts is not None and expert_mesh is not None:
+        experts = list(done.experts.modules.values())
+        over = expert_mesh["dp_replicate", "expert_shard"] if layout.dp_replicate > 1 else expert_mesh["expert_shard"]
+    layers = [layer for layer in layers if layer not in tied]
+    done.sharded = FullySharded(root, layers, fsdp_mesh, layout.zero_stage, ignored, experts, over)
+    if scalars:
+        done.reducers.append(GradientReducer(scalars, group))
+
+
+def _expert_parameters(done: Parallelized) -> dict[nn.Parameter, None]:
+    """Return the parameters that expert parallelism cuts, in order."""
+    modules = done.experts.modules.values() if done.experts is not None else ()
+    return {p: None for module in modules for p in module.parameters(recurse=False)}
 
 
 def _with_replicas(mesh: DeviceMesh, shard: DeviceMesh) -> DeviceMesh:

@@ -27,12 +27,13 @@ class GradientReducer:
     Args:
         params: what is replicated; those without ``requires_grad`` join when they are unfrozen.
         group: the replicas.
+        divisor: of their sum; ``None``: their number. Spread experts already sum over the ranks that send them tokens.
     """
 
-    def __init__(self, params: Iterable[nn.Parameter], group: dist.ProcessGroup) -> None:
+    def __init__(self, params: Iterable[nn.Parameter], group: dist.ProcessGroup, divisor: int | None = None) -> None:
         self.group = group
-        self.size = dist.get_world_size(group)
-        self._averages = dist.get_backend(group) == "nccl"
+        self.divisor = divisor or dist.get_world_size(group)
+        self._averages = dist.get_backend(group) == "nccl" and self.divisor == dist.get_world_size(group)
         self._waiting = list(params)
         self._buckets: list[_Bucket] = []
         self._armed = False
@@ -63,7 +64,7 @@ class GradientReducer:
             self._launch()
 
     def _launch(self) -> None:
-        self._buckets[self._launched].launch(self.group, self.size, self._averages)
+        self._buckets[self._launched].launch(self.group, self.divisor, self._averages)
         self._launched += 1
 
     def finish(self) -> None:
@@ -98,7 +99,7 @@ class _Bucket:
         return self._buffer
 
     @torch.no_grad()
-    def launch(self, group: dist.ProcessGroup, size: int, averages: bool) -> None:
+    def launch(self, group: dist.ProcessGroup, divisor: int, averages: bool) -> None:
         """Start to average; ``averages``: the group's backend can do so, otherwise it is done while gradients are copied."""
         buffer = self._allocate()
         pairs = list(zip(self._views, self.params, strict=True))
@@ -110,7 +111,7 @@ class _Bucket:
             if param.grad is None:
                 view.zero_()
             elif not averages:
-                torch.mul(param.grad, 1 / size, out=view)
+                torch.mul(param.grad, 1 / divisor, out=view)
         flags = buffer[-len(self.params) :]
         flags.fill_(1)
         for index, param in enumerate(self.params):
@@ -185,6 +186,7 @@ class FullySharded:
         mesh: one dimension (shard) or two (replicate, shard).
         zero_stage: 1, 2 or 3.
         ignored: parameters which stay as they are.
+        experts: modules that are gathered one by one over a mesh of their own, ``expert_mesh``.
     """
 
     def __init__(
@@ -194,9 +196,14 @@ class FullySharded:
         mesh: DeviceMesh,
         zero_stage: int,
         ignored: set[nn.Parameter],
+        experts: Sequence[nn.Module] = (),
+        expert_mesh: DeviceMesh | None = None,
     ) -> None:
         self.zero_stage = zero_stage
         options: dict[str, Any] = {"mesh": mesh, "ignored_params": ignored}
+        for module in experts:
+            assert expert_mesh is not None
+            self._shard_experts(module, expert_mesh, mesh.size(), options)
         # Layers are kept whole between forward and backward except in stage 3.
         for layer in layers:
             fully_shard(layer, reshard_after_forward=zero_stage == 3, **options)
@@ -206,6 +213,19 @@ class FullySharded:
         register_fsdp_forward_method(root, "_kenotron_enclose")
         assert isinstance(root, FSDPModule)
         self.root = root
+
+    def _shard_experts(self, experts: nn.Module, mesh: DeviceMesh, replicas: int, options: dict[str, Any]) -> None:
+        """Shard spread experts over the ranks that hold the same ones."""
+        for child in experts.children():  # what all experts share is data parallel like everything else
+            if any(True for _ in child.parameters()):
+                fully_shard(child, reshard_after_forward=self.zero_stage == 3, **options)
+        fully_shard(experts, reshard_after_forward=self.zero_stage == 3, **{**options, "mesh": mesh})
+        assert isinstance(experts, FSDPModule)
+        # The sum over the ranks that hold an expert is over all that send it tokens.
+        experts.set_gradient_divide_factor(float(replicas))
+        shard_group = mesh.get_group(mesh.ndim - 1)
+        if shard_group.size() > 1 and dist.get_backend(shard_group) != "nccl":  # only NCCL multiplies while it sums
+            experts.set_force_sum_reduction_for_comms(True)
 
     def enclose(self, call: Any) -> Any:
         """Run ``call()`` with the root's own parameters gathered."""

@@ -102,9 +102,10 @@ class GradientNorm:
 
     def copies(self, name: str, param: Tensor) -> int:
         """Return how many ranks hold the same elements of ``param`` as this one."""
-        layout, shards = self._layout, self._shards
-        dp = layout.dp_replicate if isinstance(param, DTensor) else layout.dp_size * layout.cp
-        return dp * len(shards.of(name, param).replicas) * len(shards.holders.get(name, (0,)))
+        layout, shard = self._layout, self._shards.of(name, param)
+        spread = 1 if shard.experts is None else layout.ep
+        dp = layout.dp_replicate if isinstance(param, DTensor) else layout.dp_size * layout.cp // spread
+        return dp * len(shard.replicas) * len(self._shards.holders.get(name, (0,)))
 
     @torch.no_grad()
     def __call__(self, params: Mapping[str, nn.Parameter], norm_type: float = 2.0) -> Tensor:

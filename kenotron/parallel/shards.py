@@ -10,31 +10,36 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, kw_only=True)
 class TensorShard:
-    """The part of a global tensor that one tensor-parallel rank holds: segments of one dimension, in order.
+    """The part of a global tensor that one rank of the tp and ep axes holds: some experts, segments of one dimension in order.
 
     Args:
         global_shape: shape of the whole tensor.
         dim: the dimension that tensor parallelism cuts; ``None`` if every tp rank holds all of it.
         segments: ``(start, length)`` along ``dim`` of what lies here; several for fused matrices (gate and up).
         replicas: the tp ranks that hold the same segments (all of them for ``dim=None``; those of a shared KV head).
+        experts: ``(start, count)`` along dimension 0 where expert parallelism cuts that one, which ``dim`` then is not.
     """
 
     global_shape: tuple[int, ...]
     dim: int | None = None
     segments: tuple[tuple[int, int], ...] = ()
     replicas: tuple[int, ...] = (0,)
+    experts: tuple[int, int] | None = None
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Shape of the local part."""
-        if self.dim is None:
-            return self.global_shape
         local = list(self.global_shape)
-        local[self.dim] = sum(length for _, length in self.segments)
+        if self.experts is not None:
+            local[0] = self.experts[1]
+        if self.dim is not None:
+            local[self.dim] = sum(length for _, length in self.segments)
         return tuple(local)
 
     def take(self, whole: Tensor) -> Tensor:
         """Return the local part of ``whole`` (its own memory unless nothing is cut)."""
+        if self.experts is not None:
+            whole = whole.narrow(0, *self.experts)
         if self.dim is None:
             return whole
         dim = self.dim
@@ -46,8 +51,8 @@ class Shards:
     """What this rank holds of every parameter of a module.
 
     Args:
-        tp: size of the tensor-parallel axis.
-        by_name: parameters that tensor parallelism cuts; all others are whole on every tp rank.
+        tp, ep: sizes of the tensor-parallel and the expert-parallel axis.
+        by_name: parameters that these cut; all others are whole on each of their ranks.
         partial: parameters whose gradient is only this rank's share and is summed over tp before the step.
         shared_kv: parameters whose gradient is summed over the ranks that share a KV head.
         absent: parameters that belong to other pipeline stages; here they are empty.
@@ -55,6 +60,7 @@ class Shards:
     """
 
     tp: int = 1
+    ep: int = 1
     by_name: dict[str, TensorShard] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
     shared_kv: set[str] = field(default_factory=set)

@@ -24,7 +24,7 @@ entered by a gather and left by a cut, with plain tensor parallelism in between,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from kenotron.layout import divisors
 from kenotron.parallel.collectives import copy_to, gather_from, reduce_from, reduce_scatter_to, scatter_to
 from kenotron.parallel.logits import VocabParallelLogits
-from kenotron.parallel.shards import Shards, TensorShard
+from kenotron.parallel.shards import Shards, TensorShard, canonical
 from kenotron.parallel.vocab import vocab_parallel_embedding
 
 _SEQUENCE_DIM = 1
@@ -253,12 +253,17 @@ class TensorParallel:
         if param is None:
             return
         full_name = f"{name}.{key}"
-        if full_name in self.shards.by_name:  # tied, and cut through its other name
+        spread = self.shards.by_name.get(canonical(full_name))  # cut by expert parallelism before
+        if spread is not None and spread.experts is None:
+            spread = None
+        if spread is None and full_name in self.shards.by_name:  # tied, and cut through its other name
             if self.shards.by_name[full_name].segments != segments:
                 raise ValueError(f"{full_name} is tied to a weight that the plan cuts in another way. Give both the same cut.")
             return
         shard = TensorShard(global_shape=tuple(param.shape), dim=dim, segments=segments, replicas=replicas)
         local = nn.Parameter(shard.take(param.detach()).clone(), requires_grad=param.requires_grad)
+        if spread is not None:
+            shard = replace(shard, global_shape=spread.global_shape, experts=spread.experts)
         for alias, owner, owner_key in _holders(root, param):
             owner._parameters[owner_key] = local
             self.shards.by_name[alias] = shard
