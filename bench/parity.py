@@ -104,7 +104,7 @@ CASES = [
     Case("ep 4, zero 3: deepseek_v3", 4, {"ep": 4, "zero_stage": 3}, model("deepseek_v3")),
     Case("ep 2 × tp 2, zero 1", 4, {"ep": 2, "tp": 2}, model("mixtral"), CLIP),
     Case("ep 2 × tp 2, zero 3, SP", 4, {"ep": 2, "tp": 2, "zero_stage": 3, "sequence_parallel": True}, model("qwen3_moe")),
-    Case("ep 2 × tp 2: gpt_oss", 4, {"ep": 2, "tp": 2}, model("gpt_oss"), CLIP),
+    Case("ep 2 in dp 4, zero 1: gpt_oss", 4, {"ep": 2}, model("gpt_oss"), CLIP),
     Case("ep 2 × pp 2, zero 0", 4, {"ep": 2, "pp": 2, "zero_stage": 0}, model("mixtral"), CLIP),
     Case("ep 2 × pp 2, zero 1, interleaved", 4,
          {"ep": 2, "pp": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, model("qwen3_moe")),

@@ -8,7 +8,6 @@ rank keeps its part.
 
 from __future__ import annotations
 
-import copy
 import zlib
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -92,7 +91,7 @@ def _initial_values(
     seed: int,
 ) -> dict[str, Tensor]:
     """Run the initialiser of one module on full-size parameters in host memory."""
-    model = copy.copy(module)
+    model = object.__new__(type(module))  # not copy.copy: FSDP2's classes call __init__ when they are made
     model.__dict__ = {**module.__dict__, "_parameters": {}}
     for key, param in module._parameters.items():
         if param is None or key not in shards:
