@@ -109,7 +109,9 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         if cp > 1:
             raise ValueError(f"cp={cp} is not available yet. Set cp=1.")
         if capacity_factor is not None and (ep == 1 or capacity_factor <= 0):
-            raise ValueError(f"capacity_factor={capacity_factor}, ep={ep}: it is a positive number, for ep > 1. Set it to None.")
+            raise ValueError(
+                f"capacity_factor={capacity_factor}, ep={ep}: it is a positive number, for ep > 1. Set it to None."
+            )
         _check_microbatches(microbatches, pp)
         pipelines.check_schedule(schedule, virtual_stages, pp)
         if pp > 1 and microbatches != "auto":

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from kenotron.parallel.expert_load import ExpertLoad
 from kenotron.parallel.grads import clip_by_norm, clip_by_value
 from kenotron.strategies import _lightning
 from kenotron.strategies.failures import Failures
@@ -142,6 +143,11 @@ class Training(Failures):
         """Return the norm of the whole gradient, every element counted once (0-dim float32). All ranks call it."""
         assert self._done is not None
         return self._done.norm(self._gradients_of(optimizer or self.optimizers[0]), norm_type)
+
+    def expert_loads(self) -> dict[str, ExpertLoad]:
+        """Return what the experts of each layer got in training since the last call, by name. All ranks call it."""
+        assert self._done is not None
+        return {} if self._done.loads is None else self._done.loads.report()
 
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._evaluate("validation_step", self.precision_plugin.val_step_context, args, kwargs)

@@ -24,6 +24,7 @@ from kenotron.parallel._torch import flatten
 from kenotron.parallel.cut import Cut
 from kenotron.parallel.data import FullySharded, GradientReducer, SharedBuffers, layers_to_shard
 from kenotron.parallel.expert import ExpertParallel
+from kenotron.parallel.expert_load import ExpertLoads
 from kenotron.parallel.grads import GradientNorm, OwedSums
 from kenotron.parallel.plan import ParallelPlan, find_plan, pipeline_hints
 from kenotron.parallel.shards import Shards, canonical, empty_parameter
@@ -59,7 +60,7 @@ class Parallelized:
 
     Args:
         root: the module. shards: what this rank holds of each parameter.
-        cut: the pipeline cut, if ``pp > 1``. experts: the ep axis, if ``ep > 1``.
+        cut: the pipeline cut, if ``pp > 1``. experts: the ep axis, if ``ep > 1``. loads: of experts, if there are any.
         sharded: FSDP2's part; reducers: those of plain replicas.
         num_parameters: of the whole module.
     """
@@ -71,6 +72,7 @@ class Parallelized:
     aliases: dict[str, str]
     cut: Cut | None = None
     experts: ExpertParallel | None = None
+    loads: ExpertLoads | None = None
     sharded: FullySharded | None = None
     reducers: list[GradientReducer] = field(default_factory=list)
     owed: OwedSums | None = None
@@ -139,19 +141,24 @@ def parallelize(
     done = Parallelized(root=root, layout=layout, shards=shards, norm=GradientNorm(layout, shards), aliases=aliases)
     done.num_parameters = sum(p.numel() for p in root.parameters())
     plan = find_plan(root, request.plan)
-    spread = {} if expert_mesh is None else expert.find_experts(root)
+    experts = expert.find_experts(root)
     if expert_mesh is not None:
-        expert.check_experts(root, spread, layout.ep)
+        expert.check_experts(root, experts, layout.ep)
+    counts = {canonical(name): int(module.num_experts) for name, module in experts.items()}  # type: ignore[arg-type]
     if mesh is not None:
         init.broadcast_weights(root, request.device)
         blocks = _blocks(root, plan, request)
         pp_groups = _cut(done, mesh, plan, blocks, request)
-        _expert_parallel(done, expert_mesh, list(spread), request)
+        _expert_parallel(done, expert_mesh, list(experts), request)
         kv_group = _tensor_parallel(done, mesh, plan, blocks, request)
         _data_parallel(done, mesh, expert_mesh, blocks, request)
         done.owed = OwedSums(shards, mesh["tp"].get_group(), kv_group, pp_groups)
     init.materialize(root, shards, aliases, request.seed, request.device)
     _move(root, request.device)
+    if experts:
+        done.loads = ExpertLoads(root, counts, request.device)
+    if done.experts is not None:
+        done.experts.loads = done.loads
     if mesh is not None and layout.dp_size > 1:
         done.buffers = SharedBuffers(root, flatten(mesh, "dp_replicate", "dp_shard", name="dp").get_group())
     return done

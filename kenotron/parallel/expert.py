@@ -30,6 +30,7 @@ from torch.distributed import ProcessGroup
 
 from kenotron.layout import divisors
 from kenotron.parallel.collectives import all_to_all, all_to_all_counts
+from kenotron.parallel.expert_load import ExpertLoads
 from kenotron.parallel.rows import add_rows, take_rows
 from kenotron.parallel.shards import Shards, TensorShard
 
@@ -80,6 +81,7 @@ class ExpertParallel:
         shards: filled with what this rank holds of each parameter.
         capacity_factor: an expert takes so many times its even share of a rank's pairs, those of the greatest weight;
             None: all.
+        loads: told what is dropped.
     """
 
     group: ProcessGroup
@@ -87,6 +89,7 @@ class ExpertParallel:
     size: int
     shards: Shards
     capacity_factor: float | None = None
+    loads: ExpertLoads | None = None
     modules: dict[str, nn.Module] = field(default_factory=dict)
     _is_silent: bool = False
 
@@ -98,7 +101,7 @@ class ExpertParallel:
             kind = type(module)
             arguments = tuple(_arguments(module))
             module.__class__ = type(kind.__name__, (_SpreadExperts, kind), {"__module__": kind.__module__})
-            module.__dict__["_spread"] = _Spread(self, arguments, int(module.num_experts))  # type: ignore[arg-type]
+            module.__dict__["_spread"] = _Spread(self, name, arguments, int(module.num_experts))  # type: ignore[arg-type]
             self.modules[name] = module
 
     def _cut(self, name: str, module: nn.Module) -> None:
@@ -142,19 +145,18 @@ class ExpertParallel:
         back = all_to_all(found, parcels.arrived, parcels.sent, self.group)
         return add_rows(back, parcels.token, parcels.sent, x.shape[0])
 
-    def limit(self, choices: Choices, num_experts: int) -> Choices:
-        """Return the choices without those that exceed an expert's capacity: their index is -1, their weight 0."""
-        if self.capacity_factor is None:
-            return choices
-        index, weights = choices
-        capacity = math.ceil(self.capacity_factor * index.numel() / num_experts)
-        expert = index.flatten()
-        by_weight = weights.detach().flatten().argsort(descending=True, stable=True)
-        order = by_weight[expert[by_weight].argsort(stable=True)]
-        counts = expert.new_zeros(num_experts + 1).index_add_(0, expert, torch.ones_like(expert))
-        place = torch.arange(len(order), device=index.device) - (counts.cumsum(0) - counts)[expert[order]]
-        is_over = torch.empty_like(expert, dtype=torch.bool).index_put_((order,), place >= capacity).view_as(index)
-        return index.masked_fill(is_over, -1), weights.masked_fill(is_over, 0.0)
+
+def limit(choices: Choices, num_experts: int, capacity_factor: float) -> Choices:
+    """Return the choices without those that exceed an expert's capacity: their index is -1, their weight 0."""
+    index, weights = choices
+    capacity = math.ceil(capacity_factor * index.numel() / num_experts)
+    expert = index.flatten()
+    by_weight = weights.detach().flatten().argsort(descending=True, stable=True)
+    order = by_weight[expert[by_weight].argsort(stable=True)]
+    counts = expert.new_zeros(num_experts + 1).index_add_(0, expert, torch.ones_like(expert))
+    place = torch.arange(len(order), device=index.device) - (counts.cumsum(0) - counts)[expert[order]]
+    is_over = torch.empty_like(expert, dtype=torch.bool).index_put_((order,), place >= capacity).view_as(index)
+    return index.masked_fill(is_over, -1), weights.masked_fill(is_over, 0.0)
 
 
 @dataclass(kw_only=True)
@@ -196,15 +198,20 @@ def _pack(choices: Choices, num_local: int, size: int, group: ProcessGroup) -> _
 
 @dataclass(frozen=True)
 class _Spread:
-    """What a call of an experts module needs: the axis, the names of the three arguments, experts on all ranks."""
+    """What a call of an experts module needs: the axis, its name, those of its three arguments, experts on all ranks."""
 
     axis: ExpertParallel
+    name: str
     arguments: tuple[str, ...]
     num_experts: int
 
     def call(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         hidden, index, weights = (*args, *(kwargs[name] for name in self.arguments[len(args) :]))
-        choices = self.axis.limit((index.reshape(-1, index.shape[-1]), weights.reshape(-1, index.shape[-1])), self.num_experts)
+        choices = index.reshape(-1, index.shape[-1]), weights.reshape(-1, index.shape[-1])
+        if self.axis.capacity_factor is not None:
+            choices = limit(choices, self.num_experts, self.axis.capacity_factor)
+            if self.axis.loads is not None and module.training and torch.is_grad_enabled():
+                self.axis.loads.add_dropped(self.name, (choices[0] < 0).sum())
         params = [p for p in module.parameters(recurse=False) if p.requires_grad]
 
         def run_local(*tensors: Tensor) -> Tensor:
