@@ -109,6 +109,18 @@ CASES = [
     Case("ep 2 × pp 2, zero 1, interleaved", 4,
          {"ep": 2, "pp": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, model("qwen3_moe")),
     Case("ep 2 in dp 2 × tp 2 × pp 2, zero 1", 8, {"ep": 2, "tp": 2, "pp": 2}, model("mixtral"), CLIP),
+    Case("cp 2, ring, zero 1", 2, {"cp": 2}, quick=True),
+    Case("cp 2, ulysses, zero 0, clip", 2, {"cp": 2, "context": "ulysses", "zero_stage": 0}, trainer=CLIP, quick=True),
+    Case("cp 4, ring, zero 3", 4, {"cp": 4, "zero_stage": 3}, model("qwen3")),
+    Case("cp 4, ulysses over 2 KV heads", 4, {"cp": 4, "context": "ulysses"}, model("llama-tied"), CLIP),
+    Case("dp 2 × cp 2, ring, zero 2, accumulate 2", 4, {"cp": 2, "zero_stage": 2}, trainer={**ACCUMULATE, **CLIP}),
+    Case("cp 2 × tp 2, ring", 4, {"cp": 2, "tp": 2}, trainer=CLIP),
+    Case("cp 2 × tp 2, ulysses, SP", 4, {"cp": 2, "tp": 2, "context": "ulysses", "sequence_parallel": True}, model("qwen3")),
+    Case("cp 2 × pp 2, ring, tied", 4, {"cp": 2, "pp": 2}, model("llama-tied"), CLIP),
+    Case("cp 2 × pp 2, ulysses, interleaved", 4,
+         {"cp": 2, "pp": 2, "context": "ulysses", "schedule": "interleaved_1f1b", "virtual_stages": 2}),
+    Case("cp 2 × ep 2, ring", 2, {"cp": 2, "ep": 2}, model("mixtral"), CLIP),
+    Case("cp 2 × ep 4, ulysses, zero 3", 4, {"cp": 2, "ep": 4, "context": "ulysses", "zero_stage": 3}, model("qwen3_moe")),
     *(
         Case(f"{name}: tp 2 × pp 2{', SP' if sp else ''}", 4, {"tp": 2, "pp": 2, "sequence_parallel": sp}, model(name))
         for name, sp in (

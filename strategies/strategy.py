@@ -30,6 +30,7 @@ from kenotron.layout import ParallelLayout, ZeroStage
 from kenotron.parallel import pipeline as pipelines
 from kenotron.parallel._torch import default_store, flatten
 from kenotron.parallel.apply import Parallelized, Request, parallelize
+from kenotron.parallel.context import ContextKind, check_kind
 from kenotron.parallel.grads import local
 from kenotron.parallel.plan import ParallelPlan
 from kenotron.parallel.random import RandomStreams
@@ -62,7 +63,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
     """Train any LightningModule on data × tensor × pipeline parallelism.
 
     Args:
-        tp: tensor-parallel ranks. pp: pipeline ranks. cp: context-parallel ranks, 1 for now.
+        tp: tensor-parallel ranks. pp: pipeline ranks. cp: context-parallel ranks.
         ep: expert-parallel ranks, borrowed from ``dp_shard × cp``.
         dp: data-parallel ranks; ``"auto"`` takes what the world leaves. dp_replicate: copies of the sharded state (HSDP).
         zero_stage: 0 replicates, 1 shards the optimizer state, 2 also gradients, 3 also parameters.
@@ -71,6 +72,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         microbatches: into how many parts a batch is split under pp.
         virtual_stages: stages per pipeline rank.
         blocks: name of the module's list of like layers, where it can't be found.
+        context: how attention reaches over cp ranks: ``"ring"`` passes keys and values around, ``"ulysses"`` exchanges parts of
+            the sequence for heads.
         capacity_factor: an expert takes so many times its even share of a rank's tokens, and drops the rest; ``None``: all.
         plan: what becomes of each module, as a ``ParallelPlan`` or a mapping of name patterns to styles.
         process_group, checkpoint: further settings.
@@ -94,6 +97,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         microbatches: int | Literal["auto"] = "auto",
         virtual_stages: int = 1,
         blocks: str | None = None,
+        context: ContextKind = "ring",
         capacity_factor: float | None = None,
         plan: ParallelPlan | Mapping[str, str] | None = None,
         *,
@@ -106,8 +110,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         precision_plugin: Any = None,
     ) -> None:
         self._wanted = ParallelLayout(dp=dp, tp=tp, pp=pp, cp=cp, ep=ep, dp_replicate=dp_replicate, zero_stage=zero_stage)
-        if cp > 1:
-            raise ValueError(f"cp={cp} is not available yet. Set cp=1.")
+        check_kind(context)
         if capacity_factor is not None and (ep == 1 or capacity_factor <= 0):
             raise ValueError(
                 f"capacity_factor={capacity_factor}, ep={ep}: it is a positive number, for ep > 1. Set it to None."
@@ -120,7 +123,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             raise ValueError("sequence_parallel=True cuts sequences over the tp ranks, but tp=1. Set tp > 1, or False.")
         self._schedule, self._virtual_stages, self._microbatches = schedule, virtual_stages, microbatches
         self._sequence_parallel, self._blocks, self._plan = sequence_parallel, blocks, ParallelPlan.of(plan)
-        self._capacity_factor = capacity_factor
+        self._context, self._capacity_factor = context, capacity_factor
         self._group_settings = process_group or ProcessGroupSettings()
         self._checkpoint_settings = checkpoint or CheckpointSettings()
         self._held_checkpointer: Checkpointer | None = None
@@ -323,6 +326,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             schedule=self._schedule,
             virtual_stages=self._virtual_stages,
             sequence_parallel=self._sequence_parallel,
+            context=self._context,
             capacity_factor=self._capacity_factor,
             manual_optimization=not module.automatic_optimization,
         )

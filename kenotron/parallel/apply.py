@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from kenotron.layout import ParallelLayout
 from kenotron.parallel import expert, init, pipeline, stages, tensor
 from kenotron.parallel._torch import flatten
+from kenotron.parallel.context import ContextKind, ContextParallel
 from kenotron.parallel.cut import Cut
 from kenotron.parallel.data import FullySharded, GradientReducer, SharedBuffers, layers_to_shard
 from kenotron.parallel.expert import ExpertParallel
@@ -37,7 +38,7 @@ class Request:
     Args:
         layout: resolved. plan: the user's, if any. blocks: the user's name of the block list, if any.
         schedule, virtual_stages, sequence_parallel: as in ``KenotronStrategy``.
-        capacity_factor: as in ``ExpertParallel``.
+        capacity_factor: as in ``ExpertParallel``. context: as ``ContextParallel.kind``.
         manual_optimization: updates happen inside the step.
         device: of this rank. seed: for weights that are made here.
     """
@@ -51,6 +52,7 @@ class Request:
     virtual_stages: int = 1
     sequence_parallel: bool = False
     capacity_factor: float | None = None
+    context: ContextKind = "ring"
     manual_optimization: bool = False
 
 
@@ -151,6 +153,7 @@ def parallelize(
         pp_groups = _cut(done, mesh, plan, blocks, request)
         _expert_parallel(done, expert_mesh, list(experts), request)
         kv_group = _tensor_parallel(done, mesh, plan, blocks, request)
+        _context_parallel(done, mesh, request)
         _data_parallel(done, mesh, expert_mesh, blocks, request)
         done.owed = OwedSums(shards, mesh["tp"].get_group(), kv_group, pp_groups)
     init.materialize(root, shards, aliases, request.seed, request.device)
@@ -159,8 +162,8 @@ def parallelize(
         done.loads = ExpertLoads(root, counts, request.device)
     if done.experts is not None:
         done.experts.loads = done.loads
-    if mesh is not None and layout.dp_size > 1:
-        done.buffers = SharedBuffers(root, flatten(mesh, "dp_replicate", "dp_shard", name="dp").get_group())
+    if mesh is not None and layout.dp_size * layout.cp > 1:
+        done.buffers = SharedBuffers(root, _data_group(mesh))
     return done
 
 
@@ -309,6 +312,24 @@ def _group_of_shared_heads(shards: Shards, mesh: DeviceMesh) -> dist.ProcessGrou
     return found
 
 
+def _context_parallel(done: Parallelized, mesh: DeviceMesh, request: Request) -> None:
+    """Sequences: this rank works on its part of each."""
+    layout = request.layout
+    if layout.cp == 1:
+        return
+    axis = mesh["cp"]
+    context = ContextParallel(
+        group=axis.get_group(), rank=axis.get_local_rank(), size=layout.cp, kind=request.context, tp=layout.tp
+    )
+    context.apply(done.root)
+
+
+def _data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+    """Return the ranks over which gradients are averaged."""
+    group: dist.ProcessGroup = flatten(mesh, "dp_replicate", "dp_shard", "cp", name="dp_cp").get_group()
+    return group
+
+
 def _data_parallel(
     done: Parallelized, mesh: DeviceMesh, expert_mesh: DeviceMesh | None, blocks: str | None, request: Request
 ) -> None:
@@ -321,7 +342,7 @@ def _data_parallel(
             f"schedule={request.schedule!r} computes weight gradients outside of autograd, where FSDP2 does not see them. Set "
             "zero_stage=0, or schedule='interleaved_1f1b'."
         )
-    group = flatten(mesh, "dp_replicate", "dp_shard", "cp", name="dp_cp").get_group()
+    group = _data_group(mesh)
     if layout.zero_stage and layout.dp_shard * layout.cp > 1:
         _fully_shard(done, mesh, expert_mesh, group, blocks, request)
         return
@@ -345,7 +366,7 @@ def _fully_shard(
     scalars = [p for p in root.parameters() if p.ndim == 0]
     ignored = {p for p in root.parameters() if p.numel() == 0} | set(scalars)  # empty ones belong to other stages
     shard = flatten(mesh, "dp_shard", "cp", name="dp_shard_cp")
-    fsdp_mesh = _with_replicas(mesh, shard) if layout.dp_replicate > 1 else shard
+    fsdp_mesh = mesh["dp_replicate", "dp_shard_cp"] if layout.dp_replicate > 1 else shard
     layers = layers_to_shard(root, blocks, request.manual_optimization)
     loose = [name for name, p in root.named_parameters(recurse=False) if p not in ignored]
     if request.manual_optimization and loose:
@@ -368,13 +389,6 @@ def _expert_parameters(done: Parallelized) -> dict[nn.Parameter, None]:
     """Return the parameters that expert parallelism cuts, in order."""
     modules = done.experts.modules.values() if done.experts is not None else ()
     return {p: None for module in modules for p in module.parameters(recurse=False)}
-
-
-def _with_replicas(mesh: DeviceMesh, shard: DeviceMesh) -> DeviceMesh:
-    """Return the two-dimensional mesh of HSDP: (replicate, shard)."""
-    if mesh["cp"].size() == 1:
-        return mesh["dp_replicate", "dp_shard"]
-    raise ValueError("dp_replicate > 1 together with cp > 1 is not available yet. Set one of them to 1.")
 
 
 def _tied_across(layers: Sequence[nn.Module], root: nn.Module) -> list[nn.Module]:

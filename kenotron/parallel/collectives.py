@@ -7,6 +7,7 @@ each rank holds a slice.
     forward                                       backward
     copy_to             replicated → replicated   partial gradients are all-reduced
     reduce_from         partial → replicated      identity
+    mean_from           each its own → mean       identity
     gather_from         sharded → replicated      own slice of the gradient (grad="slice", it is replicated), or
                                                   reduce-scatter (grad="reduce_scatter", it is partial)
     scatter_to          replicated → sharded      all-gather
@@ -49,6 +50,11 @@ def copy_to(x: Tensor, group: Group) -> Tensor:
 def reduce_from(x: Tensor, group: Group) -> Tensor:
     """Return the sum of ``x`` over the ranks; backward hands the gradient through."""
     return x if _alone(group) else _apply(_ReduceFrom, x, group)
+
+
+def mean_from(x: Tensor, group: Group) -> Tensor:
+    """Return the mean of ``x`` over the ranks, whose gradients are averaged later; backward hands the gradient through."""
+    return x if _alone(group) else _apply(_MeanFrom, x, group)
 
 
 def gather_from(
@@ -198,6 +204,16 @@ class _ReduceFrom(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return copy_to(grad, ctx.group), None
+
+
+class _MeanFrom(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        return _all_reduce(x, group) / group.size()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad, None
 
 
 class _GatherFrom(Function):

@@ -1,0 +1,402 @@
+"""Context parallelism of a transformers model that knows nothing of it: each cp rank works on its part of every sequence.
+
+All cp ranks of a data-parallel rank load the same batch. What the model is called with is cut along the sequence at the call of
+the outermost transformers model, and what comes out is right for any code around it:
+
+1. in: ``input_ids`` (or embeddings), position ids and whatever else runs along the sequence are padded to a length that can be
+   cut, and cut: in a zig-zag under ``ring``, so that causal work is even, contiguously under ``ulysses``. Masks of padding and
+   packed documents become *documents*, a number for each token of the whole sequence, which go along to the attention.
+2. inside: norms, MLPs, experts and the head work on their tokens. Attention runs over all ranks (``ring.py``), put in place
+   through transformers' attention interface.
+3. out, with ``labels``: they were shifted before they were cut, the loss is the mean over the tokens of all ranks, and the
+   logits stay cut. Without labels: logits or hidden states are put together, and the caller computes what it wants from them.
+
+So a ``training_step`` sees one loss on all cp ranks, as if it had run the whole sequence, and gradients are averaged over
+``dp × cp``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from kenotron.layout import divisors
+from kenotron.parallel.collectives import gather_from, mean_from
+from kenotron.parallel.logits import VocabParallelLogits
+from kenotron.parallel.plan import transformers_models
+from kenotron.parallel.ring import contiguous_indices, ring_attention, ulysses_attention, zigzag_indices
+
+ContextKind = Literal["ring", "ulysses"]
+KINDS = ("ring", "ulysses")
+
+
+def check_kind(kind: str) -> None:
+    """Raise ``ValueError`` for a kind of context parallelism that does not exist."""
+    if kind not in KINDS:
+        raise ValueError(f"context={kind!r} is unknown. Set context to one of {', '.join(map(repr, KINDS))}.")
+
+
+_IMPLEMENTATION = "kenotron_context"  # of attention, as transformers knows it; also the argument by which it finds the ranks
+_IGNORED = -100  # the label of tokens without one
+_ATTENTION_KINDS = {"full_attention", "sliding_attention"}
+_ROPE_BY_LENGTH = ("dynamic", "longrope")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContextParallel:
+    """One rank's view of the cp axis.
+
+    Args:
+        group: the ranks that share sequences. rank, size: of this process in it.
+        kind: ``"ring"`` passes keys and values around; ``"ulysses"`` exchanges parts of the sequence for heads.
+        tp: ranks over which heads are split already.
+    """
+
+    group: ProcessGroup
+    rank: int
+    size: int
+    kind: ContextKind
+    tp: int = 1
+
+    def apply(self, root: nn.Module) -> None:
+        """Let every transformers model in ``root`` work on parts of sequences.
+
+        Raises:
+            ValueError: an attention that can't be replaced, or heads that can't be split.
+        """
+        models = transformers_models(root)
+        if not models:
+            raise ValueError(
+                f"cp={self.size}, but {type(root).__name__} holds no transformers model, whose attention could be replaced"
+                f"{_named(root, 'attention')}. Set cp=1."
+            )
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        AttentionInterface.register(_IMPLEMENTATION, attend)
+        AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
+        for _, model in models:
+            self._check(model)
+            model.set_attn_implementation(_IMPLEMENTATION)
+            kind = type(model)
+            model.__class__ = type(kind.__name__, (_CutModel, kind), {"__module__": kind.__module__})
+            model.__dict__["_context"] = self
+
+    @property
+    def multiple(self) -> int:
+        """What a sequence's length must be a multiple of."""
+        return 2 * self.size if self.kind == "ring" else self.size
+
+    def indices(self, length: int, rank: int, device: torch.device) -> Tensor:
+        """Return where in a sequence of ``length`` the tokens of a rank are, in order."""
+        of = zigzag_indices if self.kind == "ring" else contiguous_indices
+        return of(length, self.size, rank).to(device)
+
+    def cut(self, x: Tensor, length: int, fill: float = 0, dim: int = 1) -> Tensor:
+        """Return this rank's part of ``x`` along ``dim``, which is first padded to ``length`` with ``fill``."""
+        missing = length - x.shape[dim]
+        if missing:
+            x = torch.cat([x, x.new_full((*x.shape[:dim], missing, *x.shape[dim + 1 :]), fill)], dim)
+        return x.index_select(dim, self.indices(length, self.rank, x.device))
+
+    def join(self, x: Tensor, length: int) -> Tensor:
+        """Return the whole of what the ranks have along dimension 1, ``length`` long; gradients are summed over the ranks."""
+        if isinstance(x, VocabParallelLogits):
+            return VocabParallelLogits.from_local(self.join(x.to_local(), length), x._group)
+        whole = gather_from(x, 1, self.group, grad="reduce_scatter")
+        places = torch.cat([self.indices(whole.shape[1], rank, x.device) for rank in range(self.size)])
+        return whole.index_select(1, places.argsort()[:length])
+
+    # -------------------------------------------------------------------------------------------------------- checks
+
+    def _check(self, model: Any) -> None:
+        kind, config = type(model).__name__, model.config.get_text_config(decoder=True)
+        parameters = inspect.signature(model.forward).parameters
+        takes_all = "position_ids" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        if not (model._supports_attention_backend and model._can_set_attn_implementation() and takes_all):
+            raise ValueError(
+                f"cp={self.size}: the attention of {kind} does not go through transformers' AttentionInterface with position "
+                f"ids{_named(model, 'attention')}. Set cp=1."
+            )
+        strange = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS)
+        if strange:
+            mixers = _named(model, *(word.removesuffix("_attention") for word in strange), "mamba", "conv", "delta")
+            raise ValueError(f"cp={self.size}: {kind} has layers of kind {', '.join(strange)}{mixers}. Set cp=1.")
+        rope = getattr(config, "rope_parameters", None) or {}
+        if rope.get("rope_type") in _ROPE_BY_LENGTH:
+            raise ValueError(
+                f"cp={self.size}: {kind} has rope_type={rope['rope_type']!r}, which depends on the longest position that a "
+                "rank sees. Set rope_type to 'default', 'linear', 'yarn' or 'llama3', or cp=1."
+            )
+        if not (model.base_model is model or kind.endswith(("ForCausalLM", "ForMaskedLM", "LMHeadModel"))):
+            raise ValueError(f"cp={self.size}: {kind} is no language model, and can't be run on parts of sequences. Set cp=1.")
+        self._check_heads(config)
+
+    def _check_heads(self, config: Any) -> None:
+        heads = config.num_attention_heads
+        if self.kind == "ulysses" and heads % (self.tp * self.size):
+            raise ValueError(
+                f"context='ulysses' splits {heads} attention heads over tp × cp = {self.tp} × {self.size} ranks, which does "
+                f"not go. Set cp to one of {divisors(heads // self.tp)}, or context='ring'."
+            )
+
+
+def _named(root: nn.Module, *words: str) -> str:
+    """Return the names of modules whose class is called like one of ``words``, as part of a sentence."""
+    found = [n for n, m in root.named_modules() if n and any(word in type(m).__name__.lower() for word in words)]
+    return f" ({', '.join(found[:6])}{', …' if len(found) > 6 else ''})" if found else ""
+
+
+# ---- In and out -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sequences:
+    """What attention must know of the sequences that a call of a model is about.
+
+    Args:
+        axis: the ranks that share them. documents: [batch, whole length], -1 for padding; ``None``: one, without padding.
+    """
+
+    axis: ContextParallel
+    documents: Tensor | None
+
+
+class _CutModel:
+    """Mixed into the class of a transformers model."""
+
+    _context: ContextParallel
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        axis, model = self._context, self
+        given = _arguments(super().forward, args, kwargs)  # type: ignore[misc]
+        like = given.get("input_ids") if given.get("input_ids") is not None else given.get("inputs_embeds")
+        if not isinstance(like, Tensor):
+            raise ValueError("cp > 1: the model was called without input_ids and inputs_embeds, so there is nothing to cut.")
+        _refuse(given)
+        length = like.shape[1]
+        padded = -(-length // axis.multiple) * axis.multiple
+        labels = given.pop("labels", None)
+        inside = _cut_inputs(axis, given, like.shape[:2], padded)
+        loss = None if labels is None else _Loss(axis, model, labels, padded, inside)
+        try:
+            output = super().forward(**inside)  # type: ignore[misc]
+        finally:
+            if loss is not None:
+                loss.restore()
+        return _whole_output(axis, output, length, padded // axis.size, loss)
+
+
+def _arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return all arguments by name."""
+    signature = inspect.signature(forward)
+    bound = signature.bind(*args, **kwargs).arguments
+    rest = [name for name, parameter in signature.parameters.items() if parameter.kind is parameter.VAR_KEYWORD]
+    further = bound.pop(rest[0], {}) if rest else {}
+    return {**bound, **further}
+
+
+def _refuse(given: Mapping[str, Any]) -> None:
+    """Raise ``ValueError`` for arguments that only make sense with whole sequences."""
+    mask = given.get("attention_mask")
+    if mask is not None and not (isinstance(mask, Tensor) and mask.ndim == 2):
+        what = f"of shape {tuple(mask.shape)}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"cp > 1: attention_mask is {what}. Pass one of shape [batch, length] with 0 for padding; for packed documents, "
+            "position_ids that begin anew with each."
+        )
+    positions = given.get("position_ids")
+    if isinstance(positions, Tensor) and positions.ndim != 2:
+        raise ValueError(f"cp > 1: position_ids has shape {tuple(positions.shape)}; pass [batch, length].")
+    for name in ("past_key_values", "output_attentions", "logits_to_keep"):
+        value = given.get(name)
+        if value is not None and not isinstance(value, Tensor) and value:
+            raise ValueError(f"cp > 1: {name}={value!r} needs whole sequences. Leave it out, or set cp=1.")
+
+
+def _cut_inputs(axis: ContextParallel, given: Mapping[str, Any], size: torch.Size, padded: int) -> dict[str, Any]:
+    """Return what the model is called with: this rank's part of everything that runs along the sequence."""
+    documents = _documents(given, size, padded)
+    inside = {name: value for name, value in given.items() if name not in ("attention_mask", *_PACKING)}
+    positions = inside.pop("position_ids", None)
+    device = next(value.device for value in given.values() if isinstance(value, Tensor))
+    if positions is None:
+        positions = torch.arange(padded, device=device)[None]
+    for name, value in inside.items():
+        if isinstance(value, Tensor) and value.shape[:2] == size:
+            inside[name] = axis.cut(value, padded)
+    inside["position_ids"] = axis.cut(positions, padded)
+    inside["use_cache"] = False
+    inside[_IMPLEMENTATION] = Sequences(axis, documents)
+    return inside
+
+
+#: How transformers' collators tell where packed documents begin, besides position ids.
+_PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+
+
+def _documents(given: Mapping[str, Any], size: torch.Size, padded: int) -> Tensor | None:
+    """Return the document of each token [batch, padded], -1 for padding; ``None`` where there is one and no padding."""
+    batch, length = size
+    mask, positions, starts = given.get("attention_mask"), given.get("position_ids"), given.get("cu_seq_lens_q")
+    documents: Tensor | None = None
+    if isinstance(starts, Tensor):
+        places = torch.arange(length, device=starts.device)
+        documents = torch.searchsorted(starts[1:].contiguous(), places, right=True).expand(batch, length)
+    elif isinstance(positions, Tensor) and mask is None:  # as transformers does: a jump begins a document
+        steps = F.pad(positions.diff(dim=1) != 1, (1, 0))
+        # One read on the host for each call: without it every batch would pay for masks.
+        documents = steps.cumsum(1).expand(batch, length) if bool(steps.any()) else None
+    if isinstance(mask, Tensor) and not bool(mask.all()):
+        documents = (torch.zeros_like(mask, dtype=torch.long) if documents is None else documents).masked_fill(mask == 0, -1)
+    if padded == length:
+        return documents
+    if documents is None:
+        device = next(value.device for value in given.values() if isinstance(value, Tensor))
+        documents = torch.zeros(size, dtype=torch.long, device=device)
+    return F.pad(documents, (0, padded - length), value=-1)
+
+
+class _Loss:
+    """The loss of a model on all ranks' tokens; stands in for its ``loss_function`` during one call.
+
+    A rank's loss is the sum over its tokens over the mean number of tokens on a rank: the mean of these over the ranks is that
+    over all tokens.
+    """
+
+    def __init__(self, axis: ContextParallel, model: Any, labels: Tensor, padded: int, inside: dict[str, Any]) -> None:
+        self._model, self._function = model, model.loss_function
+        self._is_own = "_loss_function" in model.__dict__
+        self.was_called = False
+        self._shifts = model.loss_type != "ForMaskedLM"
+        shifted = inside.pop("shift_labels", None)
+        whole = F.pad(labels, (0, 1), value=_IGNORED)[:, 1:] if self._shifts else labels
+        count = inside.pop("num_items_in_batch", None)
+        count = (whole != _IGNORED).sum() if count is None else torch.as_tensor(count)
+        self._labels = axis.cut(whole, padded, _IGNORED) if shifted is None else axis.cut(shifted, padded, _IGNORED)
+        self._count = count / axis.size
+        inside["labels"] = self._labels
+        model._loss_function = self
+
+    def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        self.was_called = True
+        kwargs = {name: value for name, value in kwargs.items() if name != _IMPLEMENTATION}
+        kwargs |= {"num_items_in_batch": self._count} | ({"shift_labels": self._labels} if self._shifts else {})
+        loss: Tensor = self._function(logits, self._labels, *args, **kwargs)
+        return loss
+
+    def restore(self) -> None:
+        if self._is_own:
+            self._model._loss_function = self._function
+        else:
+            del self._model._loss_function
+
+
+def _whole_output(axis: ContextParallel, output: Any, length: int, own: int, loss: _Loss | None) -> Any:
+    """Return the output as the caller expects it of the whole sequence."""
+    if loss is not None and not loss.was_called:
+        raise ValueError(
+            "cp > 1: the model was given labels but did not use its loss_function. Compute the loss from its logits."
+        )
+
+    def whole(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return axis.join(value, length) if value.ndim >= 2 and value.shape[1] == own else value
+        return tuple(whole(part) for part in value) if isinstance(value, tuple) else value
+
+    if not isinstance(output, MutableMapping):
+        parts = list(output) if isinstance(output, tuple) else [output]
+        if loss is not None:
+            parts[0] = mean_from(parts[0], axis.group)
+        return tuple(whole(part) for part in parts) if isinstance(output, tuple) else whole(output)
+    keeps_cut = loss is not None and torch.is_grad_enabled()
+    for name, value in list(output.items()):
+        if name == "loss" and value is not None:
+            output["loss"] = mean_from(value, axis.group)
+        elif name == "logits" and keeps_cut:
+            output["logits"] = CutLogits()
+        else:
+            output[name] = whole(value)
+    return output
+
+
+class CutLogits:
+    """Stands for logits that lie in parts on the cp ranks, in training with labels, where putting them together costs most."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> Any:
+        raise ValueError(
+            "cp > 1: a model that was given labels in training leaves its logits in parts on the ranks. Call it without labels "
+            "to get them whole and compute the loss from them, or compute metrics in validation."
+        )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):  # what Python and pytrees ask of any object
+            raise AttributeError(name)
+        self._refuse()
+
+    __getitem__ = __len__ = __iter__ = _refuse
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        cls()._refuse()
+
+
+# ---- What transformers calls ----------------------------------------------------------------------------------------
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    kenotron_context: Sequences | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Return the attention of this rank's queries to all ranks' keys, as an implementation of transformers' interface.
+
+    Args:
+        query: [batch, heads, local length, head size]. key, value: with as many heads, or a divisor.
+        s_aux: [heads], sinks. kenotron_context: where the sequences lie.
+
+    Returns:
+        [batch, local length, heads, head size of the values], and no weights.
+    """
+    if kenotron_context is None:
+        raise ValueError(
+            f"cp > 1: {type(module).__name__} was called from outside of its model, or the model does not hand its arguments "
+            "down. Call the model, or set cp=1."
+        )
+    if dropout:
+        raise ValueError(f"cp > 1 with attention dropout of {dropout} is not available. Set attention_dropout=0 in the config.")
+    axis = kenotron_context.axis
+    function = ring_attention if axis.kind == "ring" else ulysses_attention
+    out = function(
+        query,
+        key,
+        value,
+        group=axis.group,
+        documents=kenotron_context.documents,
+        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
+        window=sliding_window,
+        scale=scaling,
+        softcap=softcap,
+        sinks=s_aux,
+    )
+    return out.transpose(1, 2).contiguous(), None
+
+
+def _no_mask(*args: Any, **kwargs: Any) -> None:
+    """Masks are made of positions and documents where they are needed."""
