@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from kenotron.models import MoE, MoESettings
+
 VOCABULARY, LENGTH = 256, 16
 
 #: architecture -> settings of its config beyond the common ones
@@ -24,6 +26,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "olmo2": {"num_key_value_heads": 2, "initializer_range": 0.1, "eos_token_id": None},
     "starcoder2": {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None},
     "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
+    "own_moe": {"model_type": "mixtral", "num_key_value_heads": 2, "own_moe": True},
     "qwen3_moe": {
         "num_key_value_heads": 2,
         "head_dim": 16,
@@ -54,6 +57,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "sliding_window": 8,
         "attn_implementation": "eager",
     },
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8, "attn_implementation": "eager"},
     "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
 }
 
@@ -61,7 +65,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 def build(architecture: str, layers: int = 4, **overrides: Any) -> Any:
     """Return a tiny causal LM of one architecture with random weights."""
     settings = {**ARCHITECTURES[architecture], **overrides}
-    attention = settings.pop("attn_implementation", "sdpa")
+    attention, own_moe = settings.pop("attn_implementation", "sdpa"), settings.pop("own_moe", False)
     config = AutoConfig.for_model(
         settings.pop("model_type", architecture),
         hidden_size=64,
@@ -72,7 +76,14 @@ def build(architecture: str, layers: int = 4, **overrides: Any) -> Any:
         max_position_embeddings=64,
         **settings,
     )
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    if own_moe:  # what is linear in the tokens: the balancing loss is not, and differs between batches by its nature
+        moe = MoESettings(
+            hidden=64, intermediate=64, num_experts=8, top_k=2, shared_intermediate=32, z_coefficient=0.01, bias_rate=0.004
+        )
+        for layer in model.model.layers:
+            layer.mlp = MoE(moe)
+    return model
 
 
 class TinyLM(L.LightningModule):

@@ -109,6 +109,9 @@ CASES = [
     Case("ep 2 × pp 2, zero 1, interleaved", 4,
          {"ep": 2, "pp": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, model("qwen3_moe")),
     Case("ep 2 in dp 2 × tp 2 × pp 2, zero 1", 8, {"ep": 2, "tp": 2, "pp": 2}, model("mixtral"), CLIP),
+    Case("ep 2 in dp 4, zero 2: own MoE", 4, {"ep": 2, "zero_stage": 2}, model("own_moe"), {**ACCUMULATE, **CLIP}),
+    Case("ep 2 × tp 2: own MoE", 4, {"ep": 2, "tp": 2}, model("own_moe"), CLIP),
+    Case("ep 2 × pp 2: own MoE", 4, {"ep": 2, "pp": 2}, model("own_moe"), CLIP),
     Case("cp 2, ring, zero 1", 2, {"cp": 2}, quick=True),
     Case("cp 2, ulysses, zero 0, clip", 2, {"cp": 2, "context": "ulysses", "zero_stage": 0}, trainer=CLIP, quick=True),
     Case("cp 4, ring, zero 3", 4, {"cp": 4, "zero_stage": 3}, model("qwen3")),
@@ -121,6 +124,9 @@ CASES = [
          {"cp": 2, "pp": 2, "context": "ulysses", "schedule": "interleaved_1f1b", "virtual_stages": 2}),
     Case("cp 2 × ep 2, ring", 2, {"cp": 2, "ep": 2}, model("mixtral"), CLIP),
     Case("cp 2 × ep 4, ulysses, zero 3", 4, {"cp": 2, "ep": 4, "context": "ulysses", "zero_stage": 3}, model("qwen3_moe")),
+    Case("cp 2 × ep 4, ring: own MoE", 4, {"cp": 2, "ep": 4}, model("own_moe"), CLIP),
+    Case("HSDP 2 × cp 2, ring, zero 3", 4, {"cp": 2, "dp_replicate": 2, "zero_stage": 3}, trainer=CLIP),
+    Case("dp 2 × cp 2 × tp 2 × pp 2, ep 2: five axes", 16, {"cp": 2, "tp": 2, "pp": 2, "ep": 2}, model("mixtral"), CLIP),
     *(
         Case(f"{name}: tp 2 × pp 2{', SP' if sp else ''}", 4, {"tp": 2, "pp": 2, "sequence_parallel": sp}, model(name))
         for name, sp in (

@@ -59,12 +59,14 @@ class PipelineSteps:
         context: Callable[[], Any],
         scale: Callable[[Tensor], Tensor],
         accumulate: int,
+        weigh: Callable[[float], None] | None = None,
     ) -> Tensor:
         """Run forward and backward of one batch.
 
         Args:
             step: the user's ``training_step``. rest: its arguments after the batch. context: of precision.
             scale: of the loss (fp16). accumulate: batches per update.
+            weigh: told the share of each microbatch in the update before it runs.
 
         Returns:
             The mean loss of this data-parallel rank's batch, the same on every stage (0-dim, detached).
@@ -75,6 +77,8 @@ class PipelineSteps:
         losses: list[StepLoss | None] = [None] * len(sizes)
 
         def run(index: int) -> Tensor:
+            if weigh is not None:
+                weigh(weights[index] / accumulate)
             with self._microbatch(context) as recorded:
                 output = step(microbatches[index], *rest)
             calls[index] = recorded

@@ -6,10 +6,14 @@ import contextlib
 from collections.abc import Callable, Generator
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
+from kenotron.models.moe import set_loss_weight, update_expert_bias
+from kenotron.parallel.apply import data_group
 from kenotron.parallel.expert_load import ExpertLoad
 from kenotron.parallel.grads import clip_by_norm, clip_by_value
 from kenotron.strategies import _lightning
@@ -49,6 +53,9 @@ class Training(Failures):
     def _plain_training_step(self, *args: Any, **kwargs: Any) -> Any:
         module, done = self._user_module, self._done
         assert done is not None and self._tokens is not None
+        if done.loads is not None:
+            accumulate = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
+            self._weight_auxiliary_losses(1.0 / accumulate)
         with self.precision_plugin.train_step_context(), self._shown_values_are_means(module):
             output = done.enclose(lambda: module.training_step(*args, **kwargs))
         if module.automatic_optimization and isinstance(output, dict) and "num_tokens" in output:
@@ -93,12 +100,34 @@ class Training(Failures):
             self.precision_plugin.train_step_context,
             scale=scaler.scale if scaler is not None else lambda tensor: tensor,
             accumulate=accumulate,
+            weigh=self._weight_auxiliary_losses if self._done is not None and self._done.loads is not None else None,
         )
         _lightning.call_hook(trainer, package, "on_before_backward", loss)
         if self._sync:
             self._finish_gradients()
         _lightning.call_hook(trainer, package, "on_after_backward")
         return loss
+
+    def _weight_auxiliary_losses(self, weight: float) -> None:
+        """Let losses that layers attach count beside one that is ``weight`` of the update's mean, or a sum over tokens."""
+        assert self._tokens is not None
+        is_sum = bool(self._tokens.uses_sums)
+        # A sum is that of all cp ranks, and its gradients are averaged over them; a layer sees the tokens of one.
+        factor: Any = float(self.layout.cp) if is_sum else weight
+        scaler = getattr(self.precision_plugin, "scaler", None)
+        if scaler is not None:
+            factor = scaler.scale(torch.tensor(factor, device=self.root_device))
+        set_loss_weight(self._user_module, factor, is_sum=is_sum)
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        if self._done is not None and self._done.loads is not None:
+            update_expert_bias(self._user_module, self._sum_over_data)
+        return output
+
+    def _sum_over_data(self, counts: Tensor) -> None:
+        if self._mesh is not None:
+            dist.all_reduce(counts, group=data_group(self._mesh))
 
     def backward(self, closure_loss: Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> Tensor:
         done, module = self._done, self._user_module

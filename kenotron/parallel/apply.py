@@ -163,7 +163,7 @@ def parallelize(
     if done.experts is not None:
         done.experts.loads = done.loads
     if mesh is not None and layout.dp_size * layout.cp > 1:
-        done.buffers = SharedBuffers(root, _data_group(mesh))
+        done.buffers = SharedBuffers(root, data_group(mesh))
     return done
 
 
@@ -324,7 +324,7 @@ def _context_parallel(done: Parallelized, mesh: DeviceMesh, request: Request) ->
     context.apply(done.root)
 
 
-def _data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
+def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """Return the ranks over which gradients are averaged."""
     group: dist.ProcessGroup = flatten(mesh, "dp_replicate", "dp_shard", "cp", name="dp_cp").get_group()
     return group
@@ -342,7 +342,7 @@ def _data_parallel(
             f"schedule={request.schedule!r} computes weight gradients outside of autograd, where FSDP2 does not see them. Set "
             "zero_stage=0, or schedule='interleaved_1f1b'."
         )
-    group = _data_group(mesh)
+    group = data_group(mesh)
     if layout.zero_stage and layout.dp_shard * layout.cp > 1:
         _fully_shard(done, mesh, expert_mesh, group, blocks, request)
         return

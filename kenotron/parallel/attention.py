@@ -106,7 +106,8 @@ def attend(
     """
     out, lse = into or empty_result(q, v)
     for rows, _, name, tile in _tiles(q, k, v, mask, scale, softcap, backend, max_scores):
-        tile_out, tile_lse = _KERNELS[name][0](tile)
+        with torch.autocast(q.device.type, enabled=False):  # fp32 is meant
+            tile_out, tile_lse = _KERNELS[name][0](tile)
         if tile.seen is not None:  # of a query that sees nothing every kernel says something else; flash_cpu: lse = 0
             blind = ~tile.seen.any(-1)
             tile_out = tile_out.masked_fill(blind.unsqueeze(-1), 0.0)
@@ -130,7 +131,8 @@ def attend_backward(
     dq, dk, dv = into or (torch.zeros_like(x, dtype=accumulation_dtype(x)) for x in (q, k, v))
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)  # where nothing is seen, exp(-inf - lse) must not be nan
     for rows, cols, name, tile in _tiles(q, k, v, mask, scale, softcap, backend, max_scores):
-        gradients = _KERNELS[name][1](tile, dout[:, :, rows], out[:, :, rows], lse[:, :, rows])
+        with torch.autocast(q.device.type, enabled=False):
+            gradients = _KERNELS[name][1](tile, dout[:, :, rows], out[:, :, rows], lse[:, :, rows])
         for total, part, where in zip((dq, dk, dv), gradients, (rows, cols, cols), strict=True):
             total[:, :, where] += part
     return dq, dk, dv

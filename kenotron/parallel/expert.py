@@ -225,7 +225,8 @@ class _Spread:
             return out
 
         out = self.axis.run(run_local, params, self.num_experts, hidden.reshape(-1, hidden.shape[-1]), choices)
-        return out.view(hidden.shape)
+        # No view of what was summed: FSDP2 hangs its hook on what a module returns, and in-place code would lose it.
+        return out if hidden.ndim == 2 else out.view(hidden.shape).clone()
 
 
 class _SpreadExperts:

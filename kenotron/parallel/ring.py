@@ -1,29 +1,32 @@
 """Attention over a sequence of which each rank of a group holds a part: context parallelism, in two ways.
 
-``ring_attention``: queries stay, keys and values go round (arXiv:2310.01889). In n steps each rank sees the keys and values of
-all n ranks, and merges what it gets from each. They travel on while the present ones are in use. It needs no more heads than
-there are, and sends n - 1 times the local K and V forward, and back the same and n times their gradients in fp32.
+``ring_attention``: queries stay, keys and values go round (arXiv:2310.01889). In n steps the queries of each rank meet the keys
+of all n, and the results are merged. While some keys are in use they already travel on. Any number of heads will do. Forward
+sends n - 1 times the local K and V, backward the same again, and n times their gradients in fp32.
 
 ``ulysses_attention``: an all-to-all turns a part of the sequence with all heads into the whole sequence with a part of the
 heads, and another one turns the result back (arXiv:2309.14509). It sends less, and needs query heads that the ranks divide.
 
-Either keeps for the backward pass what lies on this rank: q, k, v, the output and one number per query and head. How they place
-a sequence differs, since under a causal mask a ring would leave the first ranks idle: it is cut into 2·n chunks, and rank r
-holds chunks r and 2n-1-r (``zigzag_indices``). With four ranks, queries down and keys across, where # is the diagonal:
+Either keeps for backward what belongs to this rank: q, k, v, the output, and a number for each query and head. Which ranks send
+what to whom, and when, never depends on masks.
 
-    chunks   0,7   1,6   2,5   3,4       In a rank's own step it computes two diagonals and one chunk by chunk, in each other
-    0        #                           step two of those, whoever's keys have come: those of an earlier rank are seen by both
-    7        o #   o o   o o   o o       its chunks, but only the first half of them, those of a later rank by its second
-    1        o     #                     chunk only, but all of them.
-    6        o     o #   o o   o o
+Under a causal mask, parts in order would leave the first ranks of a ring idle. There the sequence is cut into 2·n chunks, and
+rank r holds chunks r and 2n-1-r (``zigzag_indices``). Below are the queries of rank 1 of 4 and the keys of each rank, # for a
+diagonal and o for a chunk that is seen whole: two diagonals and a chunk in a rank's own step, two chunks in every other step.
+Both of its own see the first chunk of an earlier rank; of a later rank the second of its own sees both.
 
-Ulysses takes parts in order (``contiguous_indices``). Which ranks send to whom and when never depends on masks.
+    keys of chunk   1 6   0 7   3 4   2 5
+    queries of 1    #     o
+    queries of 6    o #   o     o o   o o
+
+Ulysses takes parts in order (``contiguous_indices``).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -67,6 +70,7 @@ def ring_attention(
     Raises:
         ValueError: shapes or settings do not go together.
     """
+    q, k, v = _autocast(q, k, v)
     setting = _setting(q, k, v, group, documents, causal, window, scale, softcap, sinks)
     if group_size(group) > 1 and q.shape[2] % 2:
         raise ValueError(
@@ -94,6 +98,7 @@ def ulysses_attention(
     Raises:
         ValueError: shapes or settings do not go together.
     """
+    q, k, v = _autocast(q, k, v)
     setting = _setting(q, k, v, group, documents, causal, window, scale, softcap, sinks)
     if group is None or group.size() == 1:
         return _attention(q, k, v, sinks, documents, setting)
@@ -114,7 +119,7 @@ def ulysses_attention(
     q, k, v = _to_heads((q, k, v), group)
     if sinks is not None:
         sinks = sinks.tensor_split(ranks)[group.rank()]
-    return _to_sequence(_attention(q, k, v, sinks, documents, setting.alone()), group)
+    return _to_sequence(_attention(q, k, v, sinks, documents, replace(setting, group=None)), group)
 
 
 def zigzag_indices(length: int, num_ranks: int, rank: int) -> Tensor:
@@ -128,7 +133,9 @@ def zigzag_indices(length: int, num_ranks: int, rank: int) -> Tensor:
             f"{length} positions cannot be cut into {2 * num_ranks} equal chunks, two for each of {num_ranks} ranks;"
             f" pad them to {-(-length // (2 * num_ranks)) * 2 * num_ranks}."
         )
-    return torch.cat([torch.arange(start, start + _len(here)) for here, start in _chunks(length // num_ranks, num_ranks, rank)])
+    starts = _chunks(num_ranks, rank, length // num_ranks)
+    size = length // num_ranks // len(starts)
+    return torch.cat([torch.arange(start, start + size) for start in starts])
 
 
 def contiguous_indices(length: int, num_ranks: int, rank: int) -> Tensor:
@@ -156,9 +163,13 @@ class _Setting:
     scale: float
     softcap: float | None
 
-    def alone(self) -> _Setting:
-        """Return the same for a process that holds the whole sequence."""
-        return _Setting(group=None, causal=self.causal, window=self.window, scale=self.scale, softcap=self.softcap)
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast as torch.nn.functional.scaled_dot_product_attention does under autocast."""
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    return tuple(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors)
 
 
 def _setting(
@@ -193,34 +204,24 @@ def _setting(
     return _Setting(group=group, causal=causal, window=window, scale=scale, softcap=softcap)
 
 
-def _len(span: slice) -> int:
-    return int(span.stop - span.start)
-
-
-def _chunks(length: int, num_ranks: int, rank: int) -> list[tuple[slice, int]]:
-    """Return where each chunk of a rank lies among its ``length`` positions, and at which position of the whole it starts."""
-    if num_ranks == 1:
-        return [(slice(0, length), 0)]
-    half = length // 2
-    return [(slice(0, half), rank * half), (slice(half, length), (2 * num_ranks - 1 - rank) * half)]
+def _chunks(num_ranks: int, rank: int, length: int) -> list[int]:
+    """Return the positions at which the chunks of a rank start, which holds ``length`` positions in all."""
+    return [0] if num_ranks == 1 else [rank * length // 2, (2 * num_ranks - 1 - rank) * length // 2]
 
 
 def _blocks(setting: _Setting, documents: Tensor | None, length: int, owner: int) -> list[Block]:
     """Return which of this rank's queries meet which keys of rank ``owner``, and what they see of them."""
     ranks, rank = group_size(setting.group), group_rank(setting.group)
+    mine, others = _chunks(ranks, rank, length), _chunks(ranks, owner, length)
+    size = length // len(mine)
     blocks: list[Block] = []
-    for rows, start in _chunks(length, ranks, rank):
-        for cols, other_start in _chunks(length, ranks, owner):
-            spans = slice(start, start + _len(rows)), slice(other_start, other_start + _len(cols))
-            mask = Mask(
-                offset=start - other_start,
-                causal=setting.causal,
-                window=setting.window,
-                documents=None if documents is None else (documents[:, spans[0]], documents[:, spans[1]]),
-            )
-            sight = mask.sight(slice(0, _len(rows)), slice(0, _len(cols)))
-            if sight != "nothing":
-                blocks.append((rows, cols, Mask() if sight == "everything" else mask))
+    for (i, start), (j, other) in itertools.product(enumerate(mine), enumerate(others)):
+        of_both = None if documents is None else (documents[:, start : start + size], documents[:, other : other + size])
+        mask = Mask(offset=start - other, causal=setting.causal, window=setting.window, documents=of_both)
+        sight = mask.sight(slice(0, size), slice(0, size))
+        if sight != "nothing":
+            rows, cols = (slice(n * size, n * size + size) for n in (i, j))
+            blocks.append((rows, cols, Mask() if sight == "everything" else mask))
     return _joined(_joined(blocks))  # chunks side by side, then one above the other
 
 
@@ -248,9 +249,6 @@ def _open(mask: Mask) -> bool:
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, documents: Tensor | None, setting: _Setting) -> Tensor:
-    device = q.device.type
-    if torch.is_autocast_enabled(device):  # as torch.nn.functional.scaled_dot_product_attention does
-        q, k, v = (x.to(torch.get_autocast_dtype(device)) for x in (q, k, v))
     return _apply(_Attention, q, k, v, sinks, documents, setting)
 
 

@@ -1,4 +1,4 @@
-"""Every layout of ``bench/parity.py`` trains like one process: those of up to four ranks here, of eight marked slow."""
+"""Every layout of ``bench/parity.py`` trains like one process: those of up to four ranks here, larger ones marked slow."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def large_pool() -> Iterator[RankPool]:
-    with RankPool(8) as processes:
+    with RankPool(16) as processes:
         yield processes
 
 
