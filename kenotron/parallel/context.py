@@ -117,6 +117,10 @@ class ContextParallel:
 
     def _check(self, model: Any) -> None:
         kind, config = type(model).__name__, model.config.get_text_config(decoder=True)
+        strange = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS)
+        if strange:
+            mixers = _named(model, *(word.removesuffix("_attention") for word in strange), "mamba", "conv", "delta")
+            raise ValueError(f"cp={self.size}: {kind} has layers of kind {', '.join(strange)}{mixers}. Set cp=1.")
         parameters = inspect.signature(model.forward).parameters
         takes_all = "position_ids" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
         if not (model._supports_attention_backend and model._can_set_attn_implementation() and takes_all):
@@ -124,10 +128,6 @@ class ContextParallel:
                 f"cp={self.size}: the attention of {kind} does not go through transformers' AttentionInterface with position "
                 f"ids{_named(model, 'attention')}. Set cp=1."
             )
-        strange = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS)
-        if strange:
-            mixers = _named(model, *(word.removesuffix("_attention") for word in strange), "mamba", "conv", "delta")
-            raise ValueError(f"cp={self.size}: {kind} has layers of kind {', '.join(strange)}{mixers}. Set cp=1.")
         rope = getattr(config, "rope_parameters", None) or {}
         if rope.get("rope_type") in _ROPE_BY_LENGTH:
             raise ValueError(
@@ -161,7 +161,7 @@ class Sequences:
     """What attention must know of the sequences that a call of a model is about.
 
     Args:
-        axis: the ranks that share them. documents: [batch, whole length], -1 for padding; ``None``: one, without padding.
+        axis: the ranks that share them. documents: as ``ring_attention`` takes them; ``None``: one, without padding.
     """
 
     axis: ContextParallel
@@ -242,7 +242,7 @@ _PACKING = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "s
 
 
 def _documents(given: Mapping[str, Any], size: torch.Size, padded: int) -> Tensor | None:
-    """Return the document of each token [batch, padded], -1 for padding; ``None`` where there is one and no padding."""
+    """Return the document of each token [batch, padded], -2 - d for padding in d; ``None``: there is one and no padding."""
     batch, length = size
     mask, positions, starts = given.get("attention_mask"), given.get("position_ids"), given.get("cu_seq_lens_q")
     documents: Tensor | None = None
@@ -254,7 +254,9 @@ def _documents(given: Mapping[str, Any], size: torch.Size, padded: int) -> Tenso
         # One read on the host for each call: without it every batch would pay for masks.
         documents = steps.cumsum(1).expand(batch, length) if bool(steps.any()) else None
     if isinstance(mask, Tensor) and not bool(mask.all()):
-        documents = (torch.zeros_like(mask, dtype=torch.long) if documents is None else documents).masked_fill(mask == 0, -1)
+        documents = torch.zeros_like(mask, dtype=torch.long) if documents is None else documents
+        # Padding is seen by nobody, but sees what is before it: its outputs are as without cp, should anybody want them.
+        documents = torch.where(mask == 0, -2 - documents, documents)
     if padded == length:
         return documents
     if documents is None:

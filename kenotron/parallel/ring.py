@@ -54,7 +54,7 @@ def ring_attention(
         v: [batch, KV heads, local sequence, dim of values].
         group: ranks that hold the sequence; ``None``: this process alone.
         documents: int [batch, whole sequence] in natural order, the same on all ranks: tokens see those of their own document.
-            Keys of a negative one are padding that nobody sees.
+            Keys of a negative one are padding that nobody sees. -1 sees nothing itself; -2 - d sees what document d shows.
         causal: a query sees keys up to its own position in the whole sequence.
         window: and of those only the last so many, its own included.
         scale: of the scores; ``None``: 1 / sqrt(dim).
@@ -215,8 +215,11 @@ def _blocks(setting: _Setting, documents: Tensor | None, length: int, owner: int
     mine, others = _chunks(ranks, rank, length), _chunks(ranks, owner, length)
     size = length // len(mine)
     blocks: list[Block] = []
+    asking = None if documents is None else torch.where(documents < -1, -2 - documents, documents)
     for (i, start), (j, other) in itertools.product(enumerate(mine), enumerate(others)):
-        of_both = None if documents is None else (documents[:, start : start + size], documents[:, other : other + size])
+        of_both = None
+        if documents is not None and asking is not None:
+            of_both = asking[:, start : start + size], documents[:, other : other + size]
         mask = Mask(offset=start - other, causal=setting.causal, window=setting.window, documents=of_both)
         sight = mask.sight(slice(0, size), slice(0, size))
         if sight != "nothing":

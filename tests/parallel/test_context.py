@@ -192,15 +192,17 @@ def refusals(group: ProcessGroup) -> None:
         dropping.train()(_ids())
 
 
-@pytest.mark.parametrize(
-    ("architecture", "what"),
-    [
-        ("llama", "plain"), ("llama", "packed"), ("llama", "padding"), ("llama", "all ones"), ("llama", "embeddings"),
-        ("llama", "odd length"), ("llama", "flattened"), ("qwen3", "packed"), ("gemma3_text", "plain"), ("mixtral", "plain"),
-        ("gpt_oss", "plain"), ("starcoder2", "packed"), ("gpt_neox", "plain"), ("deepseek_v3", "odd length"),
-        ("gemma2", "packed"), ("phi3", "padding"), ("olmo2", "plain"),
-    ],
-)  # fmt: skip
+CASES = [
+    ("llama", "plain"), ("llama", "packed"), ("llama", "padding"), ("llama", "embeddings"), ("llama", "odd length"),
+    ("mixtral", "all ones"), ("gpt_oss", "plain"), ("gemma2", "packed"), ("deepseek_v3", "odd length"), ("phi3", "padding"),
+]  # fmt: skip
+MORE = [
+    ("llama", "flattened"), ("qwen3", "packed"), ("gemma3_text", "plain"), ("starcoder2", "packed"), ("gpt_neox", "plain"),
+    ("olmo2", "plain"), ("qwen3_moe", "padding"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("architecture", "what"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in MORE)])
 @pytest.mark.parametrize("kind", KINDS)
 def test_labels_give_the_same_loss(ranks: Ranks, kind: ContextKind, architecture: str, what: str) -> None:
     ranks(labels_give_the_same_loss, kind, architecture, what, size=2)

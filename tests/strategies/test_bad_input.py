@@ -23,10 +23,10 @@ SECONDS = 10.0
 class TinyLM(L.LightningModule):
     """A transformers model whose sizes a test chooses; ``step`` names what its training_step does wrong."""
 
-    def __init__(self, step: str = "", **sizes: int) -> None:
+    def __init__(self, step: str = "", kind: str = "llama", **sizes: int) -> None:
         super().__init__()
         settings = {"hidden_size": 48, "num_attention_heads": 6, "num_key_value_heads": 3, "vocab_size": 96, **sizes}
-        config = AutoConfig.for_model("llama", intermediate_size=96, num_hidden_layers=2, **settings)
+        config = AutoConfig.for_model(kind, intermediate_size=96, num_hidden_layers=2, **settings)
         self.model = AutoModelForCausalLM.from_config(config)
         self.step = step
 
@@ -114,6 +114,18 @@ CASES = {
     "blocks names nothing": (TinyLM, {}, {**PP2, "blocks": "stack"}, 4, "blocks='stack' names no"),
     "tp without a plan": (NoBlocks, {}, {"tp": 2}, 4, "no plan says what becomes of NoBlocks"),
     "a plan naming no module": (TinyLM, {}, {"tp": 2, "plan": {"model.encoder.q": "colwise"}}, 4, "no module of TinyLM"),
+    "ep that does not divide the ranks": (TinyLM, {}, {"ep": 3}, 4, "ep=3 does not divide dp_shard × cp = 2 × 1"),
+    "ep on a model without experts": (TinyLM, {}, {"ep": 2}, 4, "TinyLM has no experts modules"),
+    "ep that does not divide the experts": (
+        TinyLM, {"kind": "mixtral", "num_local_experts": 3}, {"ep": 2}, 4, "has 3 experts, which ep=2 does not divide",
+    ),
+    "cp without a transformers model": (NoBlocks, {}, {"cp": 2}, 4, "NoBlocks holds no transformers model"),
+    "cp with layers that are no attention": (
+        TinyLM, {"kind": "qwen3_next", "num_experts": 4}, {"cp": 2}, 4, "layers of kind linear_attention",
+    ),
+    "heads that ulysses can't split": (
+        TinyLM, {"num_attention_heads": 3, "head_dim": 16}, {"cp": 2, "context": "ulysses"}, 4, "splits 3 attention heads",
+    ),
     "manual optimization": (ManualLM, {}, PP2, 4, "manual optimization"),
     "several optimizers": (TwoOptimizers, {}, PP2, 4, "multiple optimizers"),  # Lightning's own
     "the model called twice": (TinyLM, {"step": "twice"}, PP2, 4, "called the pipelined module twice"),
@@ -141,8 +153,9 @@ def test_every_rank_raises_a_value_error_that_says_what_to_type(name: str, pool:
         ({"pp": True}, "pp=True is not a number of ranks"),
         ({"zero_stage": 4}, "zero_stage=4 is not a ZeRO stage"),
         ({"dp": 4, "dp_replicate": 3}, "dp_replicate=3 does not divide dp=4"),
-        ({"cp": 2}, "cp=2 is not available yet"),
-        ({"ep": 2}, "ep=2 is not available yet"),
+        ({"cp": 2, "context": "spiral"}, "context='spiral' is unknown"),
+        ({"ep": 2, "capacity_factor": 0}, "capacity_factor=0, ep=2"),
+        ({"capacity_factor": 1.25}, "capacity_factor=1.25, ep=1"),
         ({"schedule": "gpipe", "pp": 2}, "schedule='gpipe' is unknown"),
         ({"schedule": "interleaved_1f1b", "pp": 2}, "set virtual_stages to 2 or more"),
         ({"virtual_stages": 2, "pp": 2}, "one stage per rank"),

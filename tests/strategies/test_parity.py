@@ -14,7 +14,7 @@ from kenotron.testing import RankPool
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 import parity
 
-CASES = [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.ranks > 4 else []) for c in parity.CASES]
+CASES = [pytest.param(c, id=c.name, marks=[pytest.mark.slow] if c.slow or c.ranks > 4 else []) for c in parity.CASES]
 
 
 @pytest.fixture(scope="module")
