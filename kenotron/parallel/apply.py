@@ -146,7 +146,7 @@ def parallelize(
     experts = expert.find_experts(root)
     if expert_mesh is not None:
         expert.check_experts(root, experts, layout.ep)
-    counts = {canonical(name): int(module.num_experts) for name, module in experts.items()}  # type: ignore[arg-type]
+    calls = {canonical(name): expert.call_of(module) for name, module in experts.items()}
     if mesh is not None:
         init.broadcast_weights(root, request.device)
         blocks = _blocks(root, plan, request)
@@ -159,7 +159,7 @@ def parallelize(
     init.materialize(root, shards, aliases, request.seed, request.device)
     _move(root, request.device)
     if experts:
-        done.loads = ExpertLoads(root, counts, request.device)
+        done.loads = ExpertLoads(root, calls, request.device)
     if done.experts is not None:
         done.experts.loads = done.loads
     if mesh is not None and layout.dp_size * layout.cp > 1:

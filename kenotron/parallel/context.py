@@ -190,7 +190,7 @@ class _CutModel:
         finally:
             if loss is not None:
                 loss.restore()
-        return _whole_output(axis, output, length, padded // axis.size, loss)
+        return _whole_output(axis, output, like.shape[0], length, padded // axis.size, loss)
 
 
 def _arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -214,7 +214,7 @@ def _refuse(given: Mapping[str, Any]) -> None:
     positions = given.get("position_ids")
     if isinstance(positions, Tensor) and positions.ndim != 2:
         raise ValueError(f"cp > 1: position_ids has shape {tuple(positions.shape)}; pass [batch, length].")
-    for name in ("past_key_values", "output_attentions", "logits_to_keep"):
+    for name in ("past_key_values", "use_cache", "output_attentions", "logits_to_keep"):
         value = given.get(name)
         if value is not None and not isinstance(value, Tensor) and value:
             raise ValueError(f"cp > 1: {name}={value!r} needs whole sequences. Leave it out, or set cp=1.")
@@ -300,8 +300,8 @@ class _Loss:
             del self._model._loss_function
 
 
-def _whole_output(axis: ContextParallel, output: Any, length: int, own: int, loss: _Loss | None) -> Any:
-    """Return the output as the caller expects it of the whole sequence."""
+def _whole_output(axis: ContextParallel, output: Any, batch: int, length: int, own: int, loss: _Loss | None) -> Any:
+    """Return the output as the caller expects it of the whole sequence, of which this rank has ``own`` tokens."""
     if loss is not None and not loss.was_called:
         raise ValueError(
             "cp > 1: the model was given labels but did not use its loss_function. Compute the loss from its logits."
@@ -309,7 +309,7 @@ def _whole_output(axis: ContextParallel, output: Any, length: int, own: int, los
 
     def whole(value: Any) -> Any:
         if isinstance(value, Tensor):
-            return axis.join(value, length) if value.ndim >= 2 and value.shape[1] == own else value
+            return axis.join(value, length) if value.shape[:2] == (batch, own) else value
         return tuple(whole(part) for part in value) if isinstance(value, tuple) else value
 
     if not isinstance(output, MutableMapping):

@@ -30,7 +30,7 @@ from torch.distributed import ProcessGroup
 
 from kenotron.layout import divisors
 from kenotron.parallel.collectives import all_to_all, all_to_all_counts
-from kenotron.parallel.expert_load import ExpertLoads
+from kenotron.parallel.expert_load import ExpertLoads, ExpertsCall
 from kenotron.parallel.rows import add_rows, take_rows
 from kenotron.parallel.shards import Shards, TensorShard
 
@@ -47,11 +47,12 @@ def _is_experts(module: nn.Module) -> bool:
     count = getattr(module, "num_experts", None)
     own = list(module.parameters(recurse=False))
     stacked = isinstance(count, int) and all(p.ndim and p.shape[0] == count for p in own)
-    return stacked and any(p.ndim >= 3 for p in own) and len(_arguments(module)) == 3
+    return stacked and any(p.ndim >= 3 for p in own) and len(call_of(module).arguments) == 3
 
 
-def _arguments(module: nn.Module) -> list[str]:
-    return list(inspect.signature(module.forward).parameters)
+def call_of(module: nn.Module) -> ExpertsCall:
+    """Return how an experts module is called, before it is spread."""
+    return ExpertsCall(int(module.num_experts), tuple(inspect.signature(module.forward).parameters))  # type: ignore[arg-type]
 
 
 def check_experts(root: nn.Module, experts: Mapping[str, nn.Module], ep: int) -> None:
@@ -98,10 +99,9 @@ class ExpertParallel:
         for name in names:
             module = root.get_submodule(name)
             self._cut(name, module)
-            kind = type(module)
-            arguments = tuple(_arguments(module))
+            kind, call = type(module), call_of(module)
             module.__class__ = type(kind.__name__, (_SpreadExperts, kind), {"__module__": kind.__module__})
-            module.__dict__["_spread"] = _Spread(self, name, arguments, int(module.num_experts))  # type: ignore[arg-type]
+            module.__dict__["_spread"] = _Spread(self, name, call)
             self.modules[name] = module
 
     def _cut(self, name: str, module: nn.Module) -> None:
@@ -198,33 +198,33 @@ def _pack(choices: Choices, num_local: int, size: int, group: ProcessGroup) -> _
 
 @dataclass(frozen=True)
 class _Spread:
-    """What a call of an experts module needs: the axis, its name, those of its three arguments, experts on all ranks."""
+    """What a call of an experts module needs: the axis, its name, and how it is called."""
 
     axis: ExpertParallel
     name: str
-    arguments: tuple[str, ...]
-    num_experts: int
+    whole: ExpertsCall
 
     def call(self, module: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        hidden, index, weights = (*args, *(kwargs[name] for name in self.arguments[len(args) :]))
+        hidden, index, weights = self.whole.bind(args, kwargs)
+        num_experts = self.whole.num_experts
         choices = index.reshape(-1, index.shape[-1]), weights.reshape(-1, index.shape[-1])
         if self.axis.capacity_factor is not None:
-            choices = limit(choices, self.num_experts, self.axis.capacity_factor)
+            choices = limit(choices, num_experts, self.axis.capacity_factor)
             if self.axis.loads is not None and module.training and torch.is_grad_enabled():
                 self.axis.loads.add_dropped(self.name, (choices[0] < 0).sum())
         params = [p for p in module.parameters(recurse=False) if p.requires_grad]
 
         def run_local(*tensors: Tensor) -> Tensor:
-            module.num_experts = self.num_experts // self.axis.size  # type: ignore[assignment]
+            module.num_experts = num_experts // self.axis.size  # type: ignore[assignment]
             try:
                 out = forward(*tensors)
             finally:
-                module.num_experts = self.num_experts  # type: ignore[assignment]
+                module.num_experts = num_experts  # type: ignore[assignment]
             if not isinstance(out, Tensor):
                 raise ValueError(f"{type(module).__name__} returned {type(out).__name__}, not a tensor. Set ep=1.")
             return out
 
-        out = self.axis.run(run_local, params, self.num_experts, hidden.reshape(-1, hidden.shape[-1]), choices)
+        out = self.axis.run(run_local, params, num_experts, hidden.reshape(-1, hidden.shape[-1]), choices)
         # No view of what was summed: FSDP2 hangs its hook on what a module returns, and in-place code would lose it.
         return out if hidden.ndim == 2 else out.view(hidden.shape).clone()
 

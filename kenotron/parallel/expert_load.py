@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -34,6 +34,18 @@ class ExpertLoad:
         return self.load.max() * self.load.numel()
 
 
+class ExpertsCall(NamedTuple):
+    """An experts module as it is called: how many experts, and the names of its three arguments."""
+
+    num_experts: int
+    arguments: tuple[str, ...]
+
+    def bind(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return hidden states, choices and weights of a call."""
+        hidden, index, weights = (*args, *(kwargs[name] for name in self.arguments[len(args) :]))
+        return hidden, index, weights
+
+
 class ExpertLoads:
     """Counts what routers choose in training, on the device; nothing is read on the host before ``report``.
 
@@ -42,9 +54,9 @@ class ExpertLoads:
         root: their module. device: of this rank.
     """
 
-    def __init__(self, root: nn.Module, experts: Mapping[str, int], device: torch.device) -> None:
+    def __init__(self, root: nn.Module, experts: Mapping[str, ExpertsCall], device: torch.device) -> None:
         self._experts = dict(experts)
-        width = max(experts.values(), default=0)
+        width = max((call.num_experts for call in experts.values()), default=0)
         # [layers, counts of the choice … | dropped, entropy, tokens with an entropy], summed over ranks as it is
         self._sums = torch.zeros(len(experts), width + 3, dtype=torch.float64, device=device)
         for row, name in enumerate(experts):
@@ -53,14 +65,14 @@ class ExpertLoads:
                 self._watch(root, name, module, row)
 
     def _watch(self, root: nn.Module, name: str, module: nn.Module, row: int) -> None:
-        count = self._experts[name]
+        count = self._experts[name].num_experts
 
         def count_choices(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if module.training and torch.is_grad_enabled():
-                index = (*args, *kwargs.values())[1].detach().flatten()
-                self._sums[row, :count] += torch.zeros_like(self._sums[row, : count + 1]).index_add_(
-                    0, index.clamp(max=count), torch.ones_like(index, dtype=self._sums.dtype)
-                )[:count]
+                index = self._experts[name].bind(args, kwargs)[1].detach().flatten()
+                counts = self._sums.new_zeros(count + 1)  # the last: a choice of no expert, as some routers mark it
+                counts.index_add_(0, index.clamp(max=count), torch.ones_like(index, dtype=counts.dtype))
+                self._sums[row, :count] += counts[:count]
 
         module.register_forward_pre_hook(count_choices, with_kwargs=True, prepend=True)
         parent = root.get_submodule(name.rpartition(".")[0])
@@ -94,7 +106,7 @@ class ExpertLoads:
         self._sums.zero_()
         if dist.is_initialized():
             dist.all_reduce(sums, group=group)
-        return {name: _load(sums[row], count) for row, (name, count) in enumerate(self._experts.items())}
+        return {name: _load(sums[row], call.num_experts) for row, (name, call) in enumerate(self._experts.items())}
 
 
 def _load(sums: Tensor, count: int) -> ExpertLoad:

@@ -100,10 +100,11 @@ def spread_experts_equal_whole_ones(group: ProcessGroup, counts: list[int], top_
 
 def capacity_drops_the_lightest_pairs(group: ProcessGroup) -> None:
     layer = Layer()
+    call = expert.call_of(layer.experts)
     axis = _spread(group, layer, capacity_factor=1.0)
-    axis.loads = ExpertLoads(layer, {"experts": EXPERTS}, torch.device("cpu"))
+    axis.loads = ExpertLoads(layer, {"experts": call}, torch.device("cpu"))
     x, index, weights = _tokens(group.rank(), 8, 1, chosen=group.rank())  # each rank: one expert, which takes one
-    out = layer.experts(x, index, weights)
+    out = layer.experts(x, routing_weights=weights, router_indices=index)
     kept = weights[:, 0] == weights.max()
     assert out[~kept].count_nonzero() == 0 and bool(out[kept].count_nonzero())
     layer.router(x)
