@@ -56,6 +56,13 @@ def model(architecture: str, **settings: Any) -> dict[str, Any]:
 CLIP = {"gradient_clip_val": 0.5}
 ACCUMULATE = {"accumulate_grad_batches": 2}
 
+#: transformers has no tensor-parallel plan for GPT-OSS.
+EXPERTS_ALONE = {
+    "model.model.layers.*.mlp.experts": "moe_tp_experts",
+    "model.model.layers.*.mlp.experts.gate_up_proj": "colwise",
+    "model.model.layers.*.mlp.experts.down_proj": "rowwise",
+}
+
 CASES = [
     Case("one process", 1, {}, quick=True),
     Case("dp 2, zero 0", 2, {"zero_stage": 0}, quick=True),
@@ -106,6 +113,8 @@ CASES = [
     Case("ep 2 × tp 2, zero 1", 4, {"ep": 2, "tp": 2}, model("mixtral"), CLIP, slow=True),
     Case("ep 2 × tp 2, zero 3, SP", 4, {"ep": 2, "tp": 2, "zero_stage": 3, "sequence_parallel": True}, model("qwen3_moe")),
     Case("ep 2 in dp 4, zero 1: gpt_oss", 4, {"ep": 2}, model("gpt_oss"), CLIP, slow=True),
+    Case("ep 2 × tp 2: gpt_oss, experts with biases cut", 4,
+         {"ep": 2, "tp": 2, "plan": EXPERTS_ALONE}, model("gpt_oss"), CLIP, slow=True),
     Case("ep 2 × pp 2, zero 0", 4, {"ep": 2, "pp": 2, "zero_stage": 0}, model("mixtral"), CLIP, slow=True),
     Case("ep 2 × pp 2, zero 1, interleaved", 4,
          {"ep": 2, "pp": 2, "schedule": "interleaved_1f1b", "virtual_stages": 2}, model("qwen3_moe")),

@@ -175,18 +175,34 @@ class TensorParallel:
         return ((head * head_dim, head_dim),), tuple(range(head * sharing, (head + 1) * sharing))
 
     def _cut_expert_parameter(self, root: nn.Module, experts: nn.Module, key: str, name: str, style: str) -> None:
-        """Cut the 3-D weight of an experts module, ``[experts, out, in]`` (or transposed, as the module says)."""
-        if any(p.ndim < 3 for p in experts.parameters(recurse=False)):
-            raise ValueError(
-                f"{name}: experts with biases can't be tensor-parallel yet. Leave the experts out of the plan, or set tp=1."
-            )
-        param = experts.get_parameter(key)
+        """Cut the 3-D weight of an experts module, ``[experts, out, in]`` (or transposed, as the module says), and its bias."""
+        param, prefix, bias = experts.get_parameter(key), name.rpartition(".")[0], f"{key}_bias"
         transposed = bool(getattr(experts, "is_transposed", False))
         out_dim, in_dim = (2, 1) if transposed else (1, 2)
-        dim = out_dim if style in ("colwise", "packed_colwise") else in_dim
+        by_rows = style in ("colwise", "packed_colwise")
+        dim = out_dim if by_rows else in_dim
         packs = 2 if style.startswith("packed") else 1
         segments = self._even(param.shape[dim], packs, f"{name}.shape[{dim}]")
-        self._cut_parameter(root, experts, key, name.rpartition(".")[0], dim, segments, (self.rank,))
+        self._cut_parameter(root, experts, key, prefix, dim, segments, (self.rank,))
+        if experts._parameters.get(bias) is None:
+            return
+        if by_rows:
+            self._cut_parameter(root, experts, bias, prefix, 1, segments, (self.rank,))
+        else:
+            self._share_bias(experts, bias, prefix)
+
+    def _share_bias(self, experts: nn.Module, key: str, name: str) -> None:
+        """Let each rank add an equal share of a bias to outputs that are summed afterwards."""
+
+        def lend(module: nn.Module, args: Any) -> None:  # what `self.<key>` finds before the parameter
+            module.__dict__[key] = module.get_parameter(key) / self.size
+
+        def take_back(module: nn.Module, args: Any, out: Any) -> None:
+            module.__dict__.pop(key, None)
+
+        experts.register_forward_pre_hook(lend)
+        experts.register_forward_hook(take_back, always_call=True)
+        self.shards.partial.add(f"{name}.{key}")
 
     def _enter_experts(self, experts: nn.Module) -> None:
         def share(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
