@@ -89,8 +89,11 @@ def build(architecture: str, layers: int = 4, **overrides: Any) -> Any:
 class TinyLM(L.LightningModule):
     """A plain LightningModule around a transformers model."""
 
-    def __init__(self, architecture: str, late: bool = False, lr: float = 1e-3, **settings: Any) -> None:
+    def __init__(
+        self, architecture: str, late: bool = False, lr: float = 1e-3, documents: tuple[int, ...] = (LENGTH,), **settings: Any
+    ) -> None:
         super().__init__()
+        self._documents = documents  # lengths of those that are packed into a sequence
         self._build = lambda: build(architecture, **settings)
         self._lr = lr
         self.model = None if late else self._build()
@@ -101,7 +104,9 @@ class TinyLM(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         assert self.model is not None
-        loss: Tensor = self.model(input_ids=batch, labels=batch, use_cache=False).loss
+        positions = torch.cat([torch.arange(length, device=batch.device) for length in self._documents])
+        positions = positions.expand_as(batch)
+        loss: Tensor = self.model(input_ids=batch, labels=batch, position_ids=positions, use_cache=False).loss
         self.log("train_loss", loss, prog_bar=True)
         return loss
 

@@ -56,6 +56,7 @@ def model(architecture: str, **settings: Any) -> dict[str, Any]:
 CLIP = {"gradient_clip_val": 0.5}
 ACCUMULATE = {"accumulate_grad_batches": 2}
 
+PACKED = model("qwen3", documents=(5, 1, 7, 3))
 #: transformers has no tensor-parallel plan for GPT-OSS.
 EXPERTS_ALONE = {
     "model.model.layers.*.mlp.experts": "moe_tp_experts",
@@ -136,6 +137,10 @@ CASES = [
     Case("cp 2 × ep 4, ulysses, zero 3", 4,
          {"cp": 2, "ep": 4, "context": "ulysses", "zero_stage": 3}, model("qwen3_moe"), slow=True),
     Case("cp 2 × ep 4, ring: own MoE", 4, {"cp": 2, "ep": 4}, model("own_moe"), CLIP),
+    Case("cp 2, ring, packed documents", 2, {"cp": 2}, PACKED, quick=True),
+    Case("cp 4, ulysses, packed documents", 4, {"cp": 4, "context": "ulysses"}, PACKED, slow=True),
+    Case("cp 2 × tp 2, ring, packed documents", 4, {"cp": 2, "tp": 2}, PACKED, slow=True),
+    Case("cp 2 × pp 2, ulysses, packed documents", 4, {"cp": 2, "pp": 2, "context": "ulysses"}, PACKED),
     Case("HSDP 2 × cp 2, ring, zero 3", 4, {"cp": 2, "dp_replicate": 2, "zero_stage": 3}, trainer=CLIP),
     Case("dp 2 × cp 2 × tp 2 × pp 2, ep 2: five axes", 16, {"cp": 2, "tp": 2, "pp": 2, "ep": 2}, model("mixtral"), CLIP),
     *(
