@@ -32,7 +32,7 @@ from kenotron.parallel._torch import default_store, flatten
 from kenotron.parallel.apply import Parallelized, Request, parallelize
 from kenotron.parallel.context import ContextKind, check_kind
 from kenotron.parallel.grads import local
-from kenotron.parallel.plan import ParallelPlan
+from kenotron.parallel.plan import ParallelPlan, transformers_models
 from kenotron.parallel.random import RandomStreams
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
@@ -357,6 +357,13 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         done, where = self._done, self.layout.coordinates(self.global_rank)
         if pipelines.SCHEDULES[self._schedule][2]:
             _lightning.warn(self.names, f"schedule={self._schedule!r} is experimental, here and in torch.")
+        for _, model in transformers_models(module):
+            if getattr(model.config, "output_router_logits", False):
+                _lightning.warn(
+                    self.names,
+                    f"{type(model).__name__} computes its balancing loss from the layers of the last pipeline stage alone. Set "
+                    "output_router_logits=False and use kenotron.models.MoE, whose layers attach their own, or pp=1.",
+                )
         stream = self.layout.rank_at(where.pp, where.dp_replicate, where.dp_shard, where.cp, 0)
         self._streams = RandomStreams(self._seed, stream, self.root_device)
         pipeline = pipelines.Pipeline(
