@@ -122,7 +122,7 @@ CASES = [
     Case("ep 2 in dp 2 × tp 2 × pp 2, zero 1", 8, {"ep": 2, "tp": 2, "pp": 2}, model("mixtral"), CLIP),
     Case("ep 2 in dp 4, zero 2: own MoE", 4, {"ep": 2, "zero_stage": 2}, model("own_moe"), {**ACCUMULATE, **CLIP}),
     Case("ep 2 × tp 2: own MoE", 4, {"ep": 2, "tp": 2}, model("own_moe"), CLIP, slow=True),
-    Case("ep 2 × pp 2: own MoE", 4, {"ep": 2, "pp": 2}, model("own_moe"), CLIP),
+    Case("ep 2 × pp 2: own MoE, made in configure_model", 4, {"ep": 2, "pp": 2}, model("own_moe", late=True), CLIP),
     Case("cp 2, ring, zero 1", 2, {"cp": 2}, quick=True),
     Case("cp 2, ulysses, zero 0, clip", 2, {"cp": 2, "context": "ulysses", "zero_stage": 0}, trainer=CLIP, quick=True),
     Case("cp 4, ring, zero 3", 4, {"cp": 4, "zero_stage": 3}, model("qwen3"), slow=True),

@@ -35,6 +35,8 @@ Sight = Literal["nothing", "everything", "causal", "something"]
 MAX_SCORES = 2**23
 """Elements of the largest mask, or in ``"math"`` of the largest scores, in memory at a time: 32 MB in fp32."""
 
+FINE = 2**18
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Mask:
@@ -202,25 +204,26 @@ def _tiles(
     q, k, v = (x if x.stride(-1) == 1 and x.stride(-2) >= x.shape[-1] else x.contiguous() for x in (q, k, v))
     planes = q.shape[0] * (q.shape[1] if "math" in (plain, masked) else 1)  # scores are per head, masks for all heads
     most = max(1, max_scores // planes)
-    for rows, cols, sight in _halve(mask, slice(0, q.shape[2]), slice(0, k.shape[2]), most, plain != "math"):
+    fine = min(most, FINE) if q.device.type == "cpu" else most
+    for rows, cols, sight in _halve(mask, slice(0, q.shape[2]), slice(0, k.shape[2]), most, fine, plain != "math"):
         name = masked if sight == "something" else plain
         causal = sight == "causal" and name != "math"
         seen = None if causal or sight == "everything" else mask.seen(rows, cols, q.device)
         yield rows, cols, name, _Tile(q[:, :, rows], k[:, :, cols], v[:, :, cols], seen, causal, scale, softcap)
 
 
-def _halve(mask: Mask, rows: slice, cols: slice, most: int, whole: bool) -> Iterator[tuple[slice, slice, Sight]]:
-    """Yield rectangles of up to ``most`` elements, and where ``whole`` larger ones too that need no mask."""
+def _halve(mask: Mask, rows: slice, cols: slice, most: int, fine: int, whole: bool) -> Iterator[tuple[slice, slice, Sight]]:
+    """Yield rectangles of up to ``most`` elements, of up to ``fine`` that need a mask, and where ``whole`` of any size that do not."""
     sight = mask.sight(rows, cols)
     if sight == "nothing":
         return
     height, width = rows.stop - rows.start, cols.stop - cols.start
-    if height * width <= most or (whole and sight != "something"):
+    if height * width <= (fine if sight == "something" else most) or (whole and sight != "something"):
         yield rows, cols, sight
         return
     for some_rows in _halves(rows) if 2 * height > width else [rows]:
         for some_cols in _halves(cols) if 2 * width > height else [cols]:
-            yield from _halve(mask, some_rows, some_cols, most, whole)
+            yield from _halve(mask, some_rows, some_cols, most, fine, whole)
 
 
 def _halves(span: slice) -> list[slice]:

@@ -106,7 +106,9 @@ def _initial_values(
         torch.manual_seed((seed * 1_000_003 + zlib.crc32(canonical(name).encode())) % 2**63)
         if initialise is not None:
             initialise(model)
-        elif callable(reset := getattr(model, "reset_parameters", None) or getattr(model, "_reset_parameters", None)):
+        reset = getattr(model, "reset_parameters", None) or getattr(model, "_reset_parameters", None)
+        # Where an initialiser from outside does not know a module, it leaves it to itself.
+        if callable(reset) and all(torch.isnan(model._parameters[key].view(-1)[0]) for key in shards):  # type: ignore[union-attr]
             reset()
     values: dict[str, Tensor] = {k: v for k, v in {**model._parameters, **model._buffers}.items() if v is not None}
     for key in shards:
