@@ -108,7 +108,7 @@ CASES = [
     Case("ep 2 in dp 4, zero 1, accumulate 2", 4, {"ep": 2}, model("mixtral"), {**ACCUMULATE, **CLIP}),
     Case("ep 2 in dp 4, zero 2", 4, {"ep": 2, "zero_stage": 2}, model("qwen3_moe"), slow=True),
     Case("ep 2 in dp 4, zero 3, made in configure_model", 4, {"ep": 2, "zero_stage": 3}, model("qwen3_moe", late=True)),
-    Case("ep 2, HSDP 2 × 2, zero 1", 4, {"ep": 2, "dp_replicate": 2}, model("mixtral"), CLIP),
+    Case("ep 2, HSDP 2 × 2, zero 1", 4, {"ep": 2, "dp_replicate": 2}, model("mixtral"), CLIP, slow=True),
     Case("ep 4, zero 1", 4, {"ep": 4}, model("mixtral"), CLIP, quick=True, slow=True),
     Case("ep 4, zero 3: deepseek_v3", 4, {"ep": 4, "zero_stage": 3}, model("deepseek_v3"), slow=True),
     Case("ep 2 × tp 2, zero 1", 4, {"ep": 2, "tp": 2}, model("mixtral"), CLIP, slow=True),
@@ -140,8 +140,8 @@ CASES = [
     Case("cp 2, ring, packed documents", 2, {"cp": 2}, PACKED, quick=True),
     Case("cp 4, ulysses, packed documents", 4, {"cp": 4, "context": "ulysses"}, PACKED, slow=True),
     Case("cp 2 × tp 2, ring, packed documents", 4, {"cp": 2, "tp": 2}, PACKED, slow=True),
-    Case("cp 2 × pp 2, ulysses, packed documents", 4, {"cp": 2, "pp": 2, "context": "ulysses"}, PACKED),
-    Case("HSDP 2 × cp 2, ring, zero 3", 4, {"cp": 2, "dp_replicate": 2, "zero_stage": 3}, trainer=CLIP),
+    Case("cp 2 × pp 2, ulysses, packed documents", 4, {"cp": 2, "pp": 2, "context": "ulysses"}, PACKED, slow=True),
+    Case("HSDP 2 × cp 2, ring, zero 3", 4, {"cp": 2, "dp_replicate": 2, "zero_stage": 3}, trainer=CLIP, slow=True),
     Case("dp 2 × cp 2 × tp 2 × pp 2, ep 2: five axes", 16, {"cp": 2, "tp": 2, "pp": 2, "ep": 2}, model("mixtral"), CLIP),
     *(
         Case(f"{name}: tp 2 × pp 2{', SP' if sp else ''}", 4, {"tp": 2, "pp": 2, "sequence_parallel": sp}, model(name))

@@ -36,6 +36,9 @@ MAX_SCORES = 2**23
 """Elements of the largest mask, or in ``"math"`` of the largest scores, in memory at a time: 32 MB in fp32."""
 
 FINE = 2**18
+"""Elements of the largest tile under a mask on a CPU, where what a mask hides takes its time too. 8192 positions with a window
+of 1024 took 1.0 s in tiles of 512 × 512, 2.8 s in tiles of 2048 × 2048, and 2.4 s without the window (4 heads of 64, one core).
+"""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -213,7 +216,7 @@ def _tiles(
 
 
 def _halve(mask: Mask, rows: slice, cols: slice, most: int, fine: int, whole: bool) -> Iterator[tuple[slice, slice, Sight]]:
-    """Yield rectangles of up to ``most`` elements, of up to ``fine`` that need a mask, and where ``whole`` of any size that do not."""
+    """Yield rectangles of up to ``most`` elements, under a mask of up to ``fine``; where ``whole``, of any size without one."""
     sight = mask.sight(rows, cols)
     if sight == "nothing":
         return
