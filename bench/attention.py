@@ -33,6 +33,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ratios import spread
+
 from kenotron.testing import RankPool
 
 HEADS, DIM = 4, 64
@@ -234,16 +236,15 @@ def summarize(length: int, ranks: list[dict[str, Figures]]) -> list[dict[str, An
             row["missed"].append(f"keeps {row['share']:.2f} of plain's")
         rows.append(row)
     ring, gather = (next(row for row in rows if row["name"] == name) for name in ("ring", "gather"))
-    ratios = [a / b for a, b in zip(wall["ring"], wall["gather"], strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
-    error = 1.25 * (high - low) / 1.35 / len(ratios) ** 0.5
+    found = spread([a / b for a, b in zip(wall["ring"], wall["gather"], strict=True)])
     ring.update(
-        ratio=median, ratio_low=low, ratio_high=high, error=error, rounds=len(ratios), cpu_ratio=ring["cpu_s"] / gather["cpu_s"]
-    )
+        ratio=found["ratio"], ratio_low=found["low"], ratio_high=found["high"], error=found["error"],
+        rounds=found["repetitions"], cpu_ratio=ring["cpu_s"] / gather["cpu_s"],
+    )  # fmt: skip
     if ring["kept"] >= gather["kept"]:
         ring["missed"].append("keeps no less than gather")
-    if median - 2 * error > TIME_BAR:
-        ring["missed"].append(f"slower than gather, {median:.3f}")
+    if found["ratio"] - 2 * found["error"] > TIME_BAR:
+        ring["missed"].append(f"slower than gather, {found['ratio']:.3f}")
     return rows
 
 

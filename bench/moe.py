@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ratios import spread, verdict
 from torch import Tensor, nn
 
 from kenotron.models.experts import Experts
@@ -168,21 +169,13 @@ def summarize(row: Row, found: list[Contestant]) -> dict[str, Any]:
     """Return the figures of one row."""
     ours, *theirs = found
     best = min(theirs, key=lambda contestant: statistics.median(contestant.seconds))
-    ratios = [a / b for a, b in zip(ours.seconds, best.seconds, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
+    figures = spread([a / b for a, b in zip(ours.seconds, best.seconds, strict=True)])
     return {
-        "name": row.name, "bar": BAR, "best": best.name, "ratio": median, "low": low, "high": high,
-        "error": 1.25 * (high - low) / 1.35 / len(ratios) ** 0.5, "repetitions": len(ratios),
+        "name": row.name, "bar": BAR, "best": best.name, **figures,
         "ms": {contestant.name: 1e3 * statistics.median(contestant.seconds) for contestant in found},
         "kept_mb": {contestant.name: contestant.kept_bytes / 1e6 for contestant in found},
-        "ok": median <= BAR,
+        "ok": figures["ratio"] <= BAR,
     }  # fmt: skip
-
-
-def verdict(figures: dict[str, Any]) -> str:
-    """Return the last cell of a row; whether two standard errors reach across the bar belongs to it."""
-    unsure = abs(figures["ratio"] - figures["bar"]) < 2 * figures["error"]
-    return ("ok" if figures["ok"] else "MISSED") + (", too noisy to tell" if unsure else "")
 
 
 def main() -> int:

@@ -25,6 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ratios import spread, verdict
+
 from kenotron.testing import RankPool, RanksFailedError
 
 VOCABULARY, MICROBATCHES, STAGES = 512, 8, 2
@@ -357,25 +359,18 @@ def summarize(row: Row, ranks: list[Steps]) -> dict[str, Any]:
     combine = statistics.fmean if row.worker is pipeline else max
     b = [combine([rank.wall[1][i] for rank in ranks]) for i in range(count)]
     ratios = [x / (y * row.share) for x, y in zip(a, b, strict=True)]
-    low, median, high = statistics.quantiles(ratios, n=4)
+    figures = spread(ratios)
     # Processor time of all ranks. In a row of the pipeline each of them does the contender's whole step by itself.
     work = len(ranks) if row.worker is pipeline else 1
     used = [[sum(rank.cpu[side][i] for rank in ranks) for i in range(count)] for side in (0, 1)]
     cpu = [work * x / y for x, y in zip(*used, strict=True)]
     notes = [rank.note for rank in ranks if rank.note]
     return {
-        "name": row.name, "ranks": row.ranks, "bar": row.bar, "ratio": median, "low": low, "high": high,
-        "error": 1.25 * (high - low) / 1.35 / count**0.5, "cpu": statistics.median(cpu),
-        "cpu_ms": 1e3 * statistics.median(used[0]), "cpu_ms_other": 1e3 * statistics.median(used[1]), "repetitions": count,
+        "name": row.name, "ranks": row.ranks, "bar": row.bar, **figures, "cpu": statistics.median(cpu),
+        "cpu_ms": 1e3 * statistics.median(used[0]), "cpu_ms_other": 1e3 * statistics.median(used[1]),
         "ms": 1e3 * statistics.median(a), "ms_other": 1e3 * statistics.median(b), "notes": notes,
-        "ok": median <= row.bar and not notes,
+        "ok": figures["ratio"] <= row.bar and not notes,
     }  # fmt: skip
-
-
-def verdict(figures: dict[str, Any]) -> str:
-    """Return the last cell of a row; whether two standard errors reach across the bar belongs to it."""
-    unsure = abs(figures["ratio"] - figures["bar"]) < 2 * figures["error"]
-    return ("ok" if figures["ok"] else "MISSED") + (", too noisy to tell" if unsure else "")
 
 
 def main() -> int:

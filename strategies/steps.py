@@ -59,7 +59,7 @@ class PipelineSteps:
         context: Callable[[], Any],
         scale: Callable[[Tensor], Tensor],
         accumulate: int,
-        weigh: Callable[[float], None] | None = None,
+        weigh: Callable[[float], None],
     ) -> Tensor:
         """Run forward and backward of one batch.
 
@@ -77,8 +77,7 @@ class PipelineSteps:
         losses: list[StepLoss | None] = [None] * len(sizes)
 
         def run(index: int) -> Tensor:
-            if weigh is not None:
-                weigh(weights[index] / accumulate)
+            weigh(weights[index] / accumulate)
             with self._microbatch(context) as recorded:
                 output = step(microbatches[index], *rest)
             calls[index] = recorded

@@ -60,7 +60,7 @@ _HOOKS_WITH_RESULTS = tuple(
 
 
 class KenotronStrategyBase(Training, Persistence, Collectives):
-    """Train any LightningModule on data × tensor × pipeline parallelism.
+    """Train any LightningModule on data × tensor × pipeline × expert × context parallelism.
 
     Args:
         tp: tensor-parallel ranks. pp: pipeline ranks. cp: context-parallel ranks.

@@ -53,9 +53,8 @@ class Training(Failures):
     def _plain_training_step(self, *args: Any, **kwargs: Any) -> Any:
         module, done = self._user_module, self._done
         assert done is not None and self._tokens is not None
-        if done.loads is not None:
-            accumulate = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
-            self._weight_auxiliary_losses(1.0 / accumulate)
+        accumulate = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
+        self._weight_auxiliary_losses(1.0 / accumulate)
         with self.precision_plugin.train_step_context(), self._shown_values_are_means(module):
             output = done.enclose(lambda: module.training_step(*args, **kwargs))
         if module.automatic_optimization and isinstance(output, dict) and "num_tokens" in output:
@@ -100,7 +99,7 @@ class Training(Failures):
             self.precision_plugin.train_step_context,
             scale=scaler.scale if scaler is not None else lambda tensor: tensor,
             accumulate=accumulate,
-            weigh=self._weight_auxiliary_losses if self._done is not None and self._done.loads is not None else None,
+            weigh=self._weight_auxiliary_losses,
         )
         _lightning.call_hook(trainer, package, "on_before_backward", loss)
         if self._sync:
@@ -110,7 +109,9 @@ class Training(Failures):
 
     def _weight_auxiliary_losses(self, weight: float) -> None:
         """Let losses that layers attach count beside one that is ``weight`` of the update's mean, or a sum over tokens."""
-        assert self._tokens is not None
+        assert self._done is not None and self._tokens is not None
+        if self._done.loads is None:  # no experts, so no layers that attach any
+            return
         is_sum = bool(self._tokens.uses_sums)
         # A sum is that of all cp ranks, and its gradients are averaged over them; a layer sees the tokens of one.
         factor: Any = float(self.layout.cp) if is_sum else weight

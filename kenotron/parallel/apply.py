@@ -138,7 +138,7 @@ def parallelize(
         ValueError: the module can't be cut as asked.
     """
     layout = request.layout
-    shards = Shards(tp=layout.tp, ep=layout.ep)
+    shards = Shards(tp=layout.tp)
     aliases = _aliases(root)
     done = Parallelized(root=root, layout=layout, shards=shards, norm=GradientNorm(layout, shards), aliases=aliases)
     done.num_parameters = sum(p.numel() for p in root.parameters())

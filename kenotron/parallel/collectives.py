@@ -24,7 +24,6 @@ plain ones cost half as much on small tensors (gloo, 2 ranks, 8 elements: 1.0 ag
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -85,22 +84,14 @@ def reduce_scatter_to(x: Tensor, dim: int, group: Group) -> Tensor:
     return x if _alone(group) else _apply(_ReduceScatterTo, x, dim % x.ndim, group)
 
 
-def all_to_all(x: Tensor, sent: Sequence[int], arrived: Sequence[int], group: Group) -> Tensor:
+def all_to_all(x: Tensor, group: Group, sent: list[int] | None = None, arrived: list[int] | None = None) -> Tensor:
     """Return the rows that the ranks have for this one, ordered by rank.
 
     Args:
-        x: [sum(sent), ...], ordered by the rank that gets a row. sent, arrived: how many rows go to and come from each.
+        x: rows, ordered by the rank that gets them.
+        sent, arrived: how many go to and come from each; ``None``: equally many.
     """
-    return x if _alone(group) else _apply(_AllToAll, x, tuple(sent), tuple(arrived), group)
-
-
-def all_to_all_counts(sent: Tensor, group: Group) -> Tensor:
-    """Return, row by row, what each rank has for this one; row i of ``sent`` is for rank i. Not differentiable."""
-    if _alone(group):
-        return sent
-    arrived = torch.empty_like(sent)
-    dist.all_to_all_single(arrived, sent.contiguous(), group=group)
-    return arrived
+    return x if _alone(group) else _apply(_AllToAll, x, group, sent, arrived)
 
 
 def all_gather_stack(x: Tensor, group: Group) -> Tensor:
@@ -243,15 +234,15 @@ class _ScatterTo(Function):
 
 class _AllToAll(Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sent: tuple[int, ...], arrived: tuple[int, ...], group: ProcessGroup) -> Tensor:
-        ctx.sent, ctx.arrived, ctx.group = sent, arrived, group
-        out = x.new_empty((sum(arrived), *x.shape[1:]))
-        dist.all_to_all_single(out, x.contiguous(), list(arrived), list(sent), group=group)
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup, sent: list[int] | None, arrived: list[int] | None) -> Tensor:
+        ctx.group, ctx.sent, ctx.arrived = group, sent, arrived
+        out = x.new_empty((x.shape[0] if arrived is None else sum(arrived), *x.shape[1:]))
+        dist.all_to_all_single(out, x.contiguous(), arrived, sent, group=group)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return all_to_all(grad, ctx.arrived, ctx.sent, ctx.group), None, None, None
+        return all_to_all(grad, ctx.group, ctx.arrived, ctx.sent), None, None, None
 
 
 class _ReduceScatterTo(Function):

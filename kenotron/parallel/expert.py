@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from kenotron.layout import divisors
-from kenotron.parallel.collectives import all_to_all, all_to_all_counts
+from kenotron.parallel.collectives import all_to_all
 from kenotron.parallel.expert_load import ExpertLoads, ExpertsCall
 from kenotron.parallel.rows import add_rows, take_rows
 from kenotron.parallel.shards import Shards, TensorShard
@@ -131,9 +131,9 @@ class ExpertParallel:
         if self._is_silent:
             return torch.zeros_like(x)
         parcels = _pack(choices, num_experts // self.size, self.size, self.group)
-        rows = all_to_all(take_rows(x, parcels.token, parcels.sent), parcels.sent, parcels.arrived, self.group)
-        weights = all_to_all(parcels.weights, parcels.sent, parcels.arrived, self.group)
-        index = all_to_all(parcels.index, parcels.sent, parcels.arrived, self.group)
+        counts = parcels.sent, parcels.arrived
+        rows = all_to_all(take_rows(x, parcels.token, parcels.sent), self.group, *counts)
+        weights, index = (all_to_all(part, self.group, *counts) for part in (parcels.weights, parcels.index))
         # Choice by choice, so that within each no row appears twice and sums have one order.
         choice, row = torch.nonzero_static(index.T >= 0, size=sum(parcels.pairs)).unbind(1)
         inputs, weight = take_rows(rows, row, parcels.pairs), weights[row, choice, None]
@@ -142,7 +142,7 @@ class ExpertParallel:
         else:  # every rank has a gradient for every parameter: FSDP2 reduces them together
             pairs = inputs + weight.sum() + torch.stack([p.reshape(-1)[:0].sum() for p in params]).sum().to(inputs.dtype)
         found = add_rows(pairs.to(x.dtype), row, parcels.pairs, rows.shape[0])
-        back = all_to_all(found, parcels.arrived, parcels.sent, self.group)
+        back = all_to_all(found, self.group, parcels.arrived, parcels.sent)
         return add_rows(back, parcels.token, parcels.sent, x.shape[0])
 
 
@@ -182,7 +182,7 @@ def _pack(choices: Choices, num_local: int, size: int, group: ProcessGroup) -> _
     is_there = owner == torch.arange(size, device=index.device)[:, None, None]  # [ranks, T, K]
     wanted = is_there.any(2)
     sent = torch.cat([wanted.sum(1, keepdim=True), is_there.sum(1)], dim=1)  # [ranks, 1 + K]: rows, and pairs by choice
-    arrived = all_to_all_counts(sent, group)
+    arrived = all_to_all(sent, group)
     counts = torch.cat([sent[:, :1].T, arrived.T]).tolist()  # the one read on the host
     to, token = torch.nonzero_static(wanted, size=sum(counts[0])).unbind(1)
     here = is_there[to, token]

@@ -37,7 +37,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
 from kenotron.parallel.attention import Mask, accumulation_dtype, attend, attend_backward, empty_result
-from kenotron.parallel.collectives import Group, group_rank, group_size
+from kenotron.parallel.collectives import Group, all_to_all, group_rank, group_size
 
 Block = tuple[slice, slice, Mask]
 
@@ -360,7 +360,7 @@ def _to_heads(tensors: tuple[Tensor, ...], group: ProcessGroup) -> tuple[Tensor,
     ranks = group.size()
     shapes = [(ranks, x.shape[0], x.shape[1] // ranks, *x.shape[2:]) for x in tensors]
     leaving = [x.reshape(x.shape[0], ranks, -1, *x.shape[2:]).movedim(1, 0).flatten(1) for x in tensors]
-    coming = torch.split_with_sizes(_exchange(torch.cat(leaving, 1), group), [x.shape[1] for x in leaving], 1)
+    coming = torch.split_with_sizes(all_to_all(torch.cat(leaving, 1), group), [x.shape[1] for x in leaving], 1)
     return tuple(x.view(shape).movedim(0, 2).flatten(2, 3) for x, shape in zip(coming, shapes, strict=True))
 
 
@@ -369,24 +369,4 @@ def _to_sequence(x: Tensor, group: ProcessGroup) -> Tensor:
     batch, heads, length, dim = x.shape
     ranks = group.size()
     leaving = x.transpose(1, 2).reshape(batch, ranks, length // ranks, heads, dim).movedim(1, 0)
-    return _exchange(leaving, group).movedim(0, 2).flatten(2, 3).transpose(1, 2)
-
-
-def _exchange(x: Tensor, group: ProcessGroup) -> Tensor:
-    return _apply(_Exchange, x, group)
-
-
-class _Exchange(Function):
-    """``x[i]`` goes to rank i; backward brings it back, which is the same exchange."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        leaving = x.contiguous()
-        coming = torch.empty_like(leaving)
-        dist.all_to_all_single(coming, leaving, group=group)
-        return coming
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return _exchange(grad, ctx.group), None
+    return all_to_all(leaving, group).movedim(0, 2).flatten(2, 3).transpose(1, 2)

@@ -51,8 +51,8 @@ class Shards:
     """What this rank holds of every parameter of a module.
 
     Args:
-        tp, ep: sizes of the tensor-parallel and the expert-parallel axis.
-        by_name: parameters that these cut; all others are whole on each of their ranks.
+        tp: size of the tensor-parallel axis.
+        by_name: parameters that tensor or expert parallelism cuts; all others are whole on each of their ranks.
         partial: parameters whose gradient is only this rank's share and is summed over tp before the step.
         shared_kv: parameters whose gradient is summed over the ranks that share a KV head.
         absent: parameters that belong to other pipeline stages; here they are empty.
@@ -60,7 +60,6 @@ class Shards:
     """
 
     tp: int = 1
-    ep: int = 1
     by_name: dict[str, TensorShard] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
     shared_kv: set[str] = field(default_factory=set)

@@ -64,7 +64,7 @@ def _in_double(tokens: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor, T
 
 def _spread(group: ProcessGroup, layer: Layer, **settings: float) -> expert.ExpertParallel:
     axis = expert.ExpertParallel(
-        group=group, rank=group.rank(), size=group.size(), shards=Shards(ep=group.size()), **settings  # type: ignore[arg-type]
+        group=group, rank=group.rank(), size=group.size(), shards=Shards(), **settings  # type: ignore[arg-type]
     )  # fmt: skip
     axis.apply(layer, ["experts"])
     return axis
