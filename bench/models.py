@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kenotron.models import MoE, MoESettings
+from kenotron.models import Decoder, MoE, MoESettings
 
 VOCABULARY, LENGTH = 256, 16
 
@@ -63,9 +63,10 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 
 
 def build(architecture: str, layers: int = 4, **overrides: Any) -> Any:
-    """Return a tiny causal LM of one architecture with random weights."""
+    """Return a tiny causal LM of one architecture with random weights; with ``decoder=True`` Kénotron's."""
     settings = {**ARCHITECTURES[architecture], **overrides}
     attention, own_moe = settings.pop("attn_implementation", "sdpa"), settings.pop("own_moe", False)
+    decoder = settings.pop("decoder", False)
     config = AutoConfig.for_model(
         settings.pop("model_type", architecture),
         hidden_size=64,
@@ -76,6 +77,8 @@ def build(architecture: str, layers: int = 4, **overrides: Any) -> Any:
         max_position_embeddings=64,
         **settings,
     )
+    if decoder:
+        return Decoder(config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     if own_moe:  # what is linear in the tokens: the balancing loss is not, and differs between batches by its nature
         moe = MoESettings(

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 
 from kenotron.checkpoint import LocalTensor, Manifest, Piece, StoredTensor, load_into
 from kenotron.layout import ParallelLayout
-from kenotron.parallel._torch import compute_local_shape_and_global_offset
 from kenotron.parallel.apply import Parallelized
 from kenotron.parallel.grads import local
+from kenotron.parallel.pieces import local_pieces
 from kenotron.parallel.shards import TensorShard, canonical
 
 _MODEL = "model/"
@@ -237,12 +237,8 @@ class CheckpointState:
 
     def _place_of(self, name: str, value: Tensor) -> _Place:
         shard = self._done.shards.of(name, value)
-        rows = None
-        if isinstance(value, DTensor):
-            shape, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
-            rows = (offset[0], shape[0])
         owners = self._holders_of_same_box(name, shard, isinstance(value, DTensor))
-        return _Place(shard.global_shape, tuple(pieces_of(shard, rows)), tuple(owners))
+        return _Place(shard.global_shape, local_pieces(shard, value), tuple(owners))
 
     def _holders_of_same_box(self, name: str, shard: TensorShard, is_sharded: bool) -> list[int]:
         """Return the ranks that hold the same part of a parameter as this one."""
@@ -275,42 +271,6 @@ class CheckpointState:
     def _first(self, ranks: Iterable[int]) -> int:
         """Return which of several ranks writes what all of them hold, for those that share its file system."""
         return min(rank for rank in ranks if rank in self._sharing)
-
-
-def pieces_of(shard: TensorShard, rows: tuple[int, int] | None) -> Iterator[Piece]:
-    """Yield the boxes of the global tensor that lie in a local one.
-
-    Args:
-        shard: what tp and ep left here. rows: ``(start, length)`` along dimension 0 of that, what ZeRO left here.
-    """
-    shape = shard.shape
-    first, count = rows if rows is not None else (0, shape[0] if shape else 0)
-    if shape and (count == 0 or 0 in shape):
-        return
-    zeros = (0,) * len(shape)
-    if shard.dim is None or shard.dim > 0:
-        segments = [(0, 0, shape[shard.dim] if shard.dim else 0)]
-        if shard.dim is not None:
-            starts = itertools.accumulate((length for _, length in shard.segments), initial=0)
-            segments = [(begin, start, length) for begin, (start, length) in zip(starts, shard.segments, strict=False)]
-        for begin, start, length in segments:
-            box, where, offset = list(shape), list(zeros), list(zeros)
-            if shape:
-                box[0], offset[0] = count, first + (shard.experts[0] if shard.experts is not None else 0)
-            if shard.dim is not None:
-                box[shard.dim], where[shard.dim], offset[shard.dim] = length, begin, start
-            yield Piece(local=tuple(where), offset=tuple(offset), shape=tuple(box))
-        return
-    begin = 0
-    for start, length in shard.segments:  # of dimension 0, within which ZeRO's rows lie
-        low, high = max(begin, first), min(begin + length, first + count)
-        if low < high:
-            yield Piece(
-                local=(low - first, *zeros[1:]),
-                offset=(start + low - begin, *zeros[1:]),
-                shape=(high - low, *shape[1:]),
-            )
-        begin += length
 
 
 _NUMBERS = {"bool": torch.bool, "int": torch.int64, "float": torch.float64}

@@ -32,6 +32,7 @@ from kenotron.parallel._torch import default_store, flatten
 from kenotron.parallel.apply import Parallelized, Request, parallelize
 from kenotron.parallel.context import ContextKind, check_kind
 from kenotron.parallel.grads import local
+from kenotron.parallel.init import deferring
 from kenotron.parallel.plan import ParallelPlan, transformers_models
 from kenotron.parallel.random import RandomStreams
 from kenotron.ranks import RankMonitor
@@ -205,7 +206,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
     @contextlib.contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
         """``configure_model`` builds on the meta device: weights are made after everything is cut, part by part."""
-        with torch.device("meta"), self.precision_plugin.tensor_init_context():
+        with deferring(), self.precision_plugin.tensor_init_context():
             yield
 
     # ------------------------------------------------------------------------------------------------------ set-up

@@ -14,12 +14,14 @@ section 3.1).
    scores in memory: a tile.
 3. Each tile runs in the kernel that ``choose_backend`` names. Results are put together in fp32, those of fp64 in fp64.
 
-The kernels are private torch ops. Nothing else in Kénotron names them; ``tests/parallel/test_attention.py`` fails when they
-move.
+The kernels are private ops of torch and of the package flash-attn, where that is installed. Nothing else in Kénotron names
+them; ``tests/parallel/test_attention.py`` fails when torch's move.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -29,7 +31,7 @@ from torch import Tensor
 from torch.backends import cuda
 from torch.nn.functional import pad
 
-Backend = Literal["flash_cpu", "flash_cuda", "efficient_cuda", "math"]
+Backend = Literal["flash_cpu", "flash_attn", "flash_cuda", "efficient_cuda", "math"]
 Sight = Literal["nothing", "everything", "causal", "something"]
 
 MAX_SCORES = 2**23
@@ -165,6 +167,8 @@ def accumulation_dtype(x: Tensor) -> torch.dtype:
 
 def choose_backend(q: Tensor, k: Tensor, v: Tensor, *, masked: bool = False, softcap: float | None = None) -> Backend:
     """Return the fastest kernel for these tensors; ``masked``: under another mask than a causal diagonal."""
+    if not masked and flash_attn_serves(q, v):
+        return "flash_attn"
     if softcap is not None:
         return "math"
     if q.device.type == "cpu" and q.shape[-1] == v.shape[-1]:
@@ -178,6 +182,25 @@ def choose_backend(q: Tensor, k: Tensor, v: Tensor, *, masked: bool = False, sof
         if cuda.can_use_efficient_attention(expanded):
             return "efficient_cuda"
     return "math"
+
+
+def flash_attn_serves(q: Tensor, v: Tensor) -> bool:
+    """Return whether the package flash-attn is here and takes such tensors."""
+    if q.device.type != "cuda" or torch.version.hip is not None or q.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    dim, capability = q.shape[-1], torch.cuda.get_device_capability(q.device)
+    return dim == v.shape[-1] <= 256 and dim % 8 == 0 and capability >= (8, 0) and _flash_ops() is not None
+
+
+@functools.cache
+def _flash_ops() -> Any:
+    """Return the ops of flash-attn 2.7 or later; ``None`` without it."""
+    try:
+        importlib.import_module("flash_attn.flash_attn_interface")
+    except ImportError:
+        return None
+    ops = torch.ops.flashattn
+    return ops if {"_flash_attn_forward", "_flash_attn_backward"} <= set(dir(ops)) else None
 
 
 # ---- Tiles ----------------------------------------------------------------------------------------------------------
@@ -199,8 +222,10 @@ def _tiles(
     q: Tensor, k: Tensor, v: Tensor, mask: Mask, scale: float, softcap: float | None, backend: Backend | None, max_scores: int
 ) -> Iterator[tuple[slice, slice, Backend, _Tile]]:
     """Yield queries, keys, kernel and input of each tile in which something is seen."""
-    if softcap is not None and backend not in (None, "math"):
-        raise ValueError(f"backend={backend!r} with softcap={softcap}: only 'math' caps scores; leave backend=None.")
+    if softcap is not None and backend not in (None, "math", "flash_attn"):
+        raise ValueError(
+            f"backend={backend!r} with softcap={softcap}: only 'math' and 'flash_attn' cap scores; leave backend=None."
+        )
     plain = backend or choose_backend(q, k, v, softcap=softcap)
     masked = backend or choose_backend(q, k, v, masked=True, softcap=softcap)
     # Kernels take any strides but those of the rows' elements, and of rows that share memory.
@@ -276,6 +301,23 @@ def _flash_cuda_backward(tile: _Tile, dout: Tensor, out: Tensor, lse: Tensor) ->
     return op(dout, q, k, v, out, lse.contiguous(), *lengths, 0.0, tile.causal, unused, unused, scale=tile.scale)
 
 
+def _flash_attn(tile: _Tile) -> Any:
+    q, k, v = (x.transpose(1, 2) for x in tile[:3])
+    out, lse, *_ = _flash_ops()._flash_attn_forward(
+        q, k, v, 0.0, tile.scale, tile.causal, -1, -1, tile.softcap or 0.0, None, False
+    )  # no dropout, window or slopes
+    return out.transpose(1, 2), lse
+
+
+def _flash_attn_backward(tile: _Tile, dout: Tensor, out: Tensor, lse: Tensor) -> Any:
+    q, k, v, dout, out = (x.to(tile.q.dtype).transpose(1, 2) for x in (*tile[:3], dout, out))
+    gradients = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
+    _flash_ops()._flash_attn_backward(
+        dout, q, k, v, out, lse.contiguous(), *gradients, 0.0, tile.scale, tile.causal, -1, -1, tile.softcap or 0.0, None, False
+    )
+    return [x.transpose(1, 2) for x in gradients]
+
+
 def _efficient_cuda(tile: _Tile) -> Any:
     k, v = _expand(tile.q, tile.k, tile.v)
     op = torch.ops.aten._scaled_dot_product_efficient_attention
@@ -320,6 +362,7 @@ def _math_backward(tile: _Tile, dout: Tensor, out: Tensor, lse: Tensor) -> Any:
 _Kernels = tuple[Callable[[_Tile], Any], Callable[[_Tile, Tensor, Tensor, Tensor], Any]]
 _KERNELS: dict[Backend, _Kernels] = {
     "flash_cpu": (_flash_cpu, _flash_cpu_backward),
+    "flash_attn": (_flash_attn, _flash_attn_backward),
     "flash_cuda": (_flash_cuda, _flash_cuda_backward),
     "efficient_cuda": (_efficient_cuda, _efficient_cuda_backward),
     "math": (_math, _math_backward),

@@ -134,7 +134,8 @@ class ContextParallel:
                 f"cp={self.size}: {kind} has rope_type={rope['rope_type']!r}, which depends on the longest position that a "
                 "rank sees. Set rope_type to 'default', 'linear', 'yarn' or 'llama3', or cp=1."
             )
-        if not (model.base_model is model or kind.endswith(("ForCausalLM", "ForMaskedLM", "LMHeadModel"))):
+        is_language_model = kind.endswith(("ForCausalLM", "ForMaskedLM", "LMHeadModel")) or _takes_shifted_labels(model.forward)
+        if not (model.base_model is model or is_language_model):
             raise ValueError(f"cp={self.size}: {kind} is no language model, and can't be run on parts of sequences. Set cp=1.")
         self._check_heads(config)
 
@@ -182,9 +183,13 @@ class _CutModel:
         _refuse(given)
         length = like.shape[1]
         padded = -(-length // axis.multiple) * axis.multiple
-        labels = given.pop("labels", None)
+        labels, shifted, count = (given.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch"))
         inside = _cut_inputs(axis, given, like.shape[:2], padded)
-        loss = None if labels is None else _Loss(axis, model, labels, padded, inside)
+        loss = None
+        if labels is not None or shifted is not None:
+            loss = _Loss(axis, model, labels, shifted, count, padded)
+            takes_shifted = _takes_shifted_labels(super().forward)  # type: ignore[misc]
+            inside |= loss.hand_over() if takes_shifted else loss.stand_in()
         try:
             output = super().forward(**inside)  # type: ignore[misc]
         finally:
@@ -265,26 +270,42 @@ def _documents(given: Mapping[str, Any], size: torch.Size, padded: int) -> Tenso
     return F.pad(documents, (0, padded - length), value=-1)
 
 
+def _takes_shifted_labels(forward: Callable[..., Any]) -> bool:
+    """Return whether a model computes its loss by itself, from what it is told."""
+    return {"shift_labels", "num_items_in_batch"} <= inspect.signature(forward).parameters.keys()
+
+
 class _Loss:
-    """The loss of a model on all ranks' tokens; stands in for its ``loss_function`` during one call.
+    """The loss of a model on all ranks' tokens.
 
     A rank's loss is the sum over its tokens over the mean number of tokens on a rank: the mean of these over the ranks is that
-    over all tokens.
+    over all tokens. A model that takes shifted labels and their number is given them. For others this stands in for their
+    ``loss_function`` during one call.
     """
 
-    def __init__(self, axis: ContextParallel, model: Any, labels: Tensor, padded: int, inside: dict[str, Any]) -> None:
+    def __init__(
+        self, axis: ContextParallel, model: Any, labels: Tensor | None, shifted: Tensor | None, count: Any, padded: int
+    ) -> None:
         self._model, self._function = model, model.loss_function
         self._is_own = "_loss_function" in model.__dict__
-        self.was_called = False
         self._shifts = model.loss_type != "ForMaskedLM"
-        shifted = inside.pop("shift_labels", None)
-        whole = F.pad(labels, (0, 1), value=_IGNORED)[:, 1:] if self._shifts else labels
-        count = inside.pop("num_items_in_batch", None)
-        count = (whole != _IGNORED).sum() if count is None else torch.as_tensor(count)
-        self._labels = axis.cut(whole, padded, _IGNORED) if shifted is None else axis.cut(shifted, padded, _IGNORED)
+        if shifted is None:
+            assert labels is not None
+            shifted = F.pad(labels, (0, 1), value=_IGNORED)[:, 1:] if self._shifts else labels
+        count = (shifted != _IGNORED).sum() if count is None else torch.as_tensor(count)
+        self._labels = axis.cut(shifted, padded, _IGNORED)
         self._count = count / axis.size
-        inside["labels"] = self._labels
-        model._loss_function = self
+        self.was_called = False
+
+    def hand_over(self) -> dict[str, Any]:
+        """Return the arguments by which a model learns of the labels."""
+        self.was_called = True
+        return {"shift_labels": self._labels, "num_items_in_batch": self._count}
+
+    def stand_in(self) -> dict[str, Any]:
+        """Take the place of the model's loss function. Returns the arguments that make the model call it."""
+        self._model._loss_function = self
+        return {"labels": self._labels}
 
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.was_called = True
@@ -297,7 +318,7 @@ class _Loss:
         if self._is_own:
             self._model._loss_function = self._function
         else:
-            del self._model._loss_function
+            self._model.__dict__.pop("_loss_function", None)
 
 
 def _whole_output(axis: ContextParallel, output: Any, batch: int, length: int, own: int, loss: _Loss | None) -> Any:

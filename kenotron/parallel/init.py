@@ -3,23 +3,68 @@
 Weights that exist when the strategy starts come from the user's constructor; rank 0's are given to all. Weights on the
 meta device (built in ``configure_model``) are made module by module after everything is cut: the module's own initialiser
 runs on full-size parameters of this one module, with a seed made of the run's seed and the module's name, and this
-rank keeps its part.
+rank keeps its part. Where a model comes with stored weights instead (``StoredWeights``), each rank reads its part alone.
 """
 
 from __future__ import annotations
 
+import contextlib
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from kenotron.checkpoint.format import Piece
 from kenotron.parallel._torch import compute_local_shape_and_global_offset
+from kenotron.parallel.pieces import local_pieces
 from kenotron.parallel.plan import transformers_models
 from kenotron.parallel.shards import Shards, TensorShard, canonical
+
+
+class StoredWeights(Protocol):
+    """Where the weights of a model lie, which was built on the meta device. The model carries it, see ``attach``."""
+
+    def __contains__(self, name: str) -> bool:
+        """Tell whether a parameter or buffer, by its name in the model, is stored."""
+
+    def read(self, name: str, piece: Piece, into: Tensor) -> None:
+        """Fill ``into``, on any device, with a box of a parameter."""
+
+
+_STORED = "_kenotron_weights"
+_is_deferring = ContextVar("_is_deferring", default=False)
+
+
+@contextlib.contextmanager
+def deferring() -> Iterator[None]:
+    """Let models that are built inside leave their weights for ``materialize`` to make."""
+    token = _is_deferring.set(True)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        _is_deferring.reset(token)
+
+
+def attach(model: nn.Module, weights: StoredWeights) -> None:
+    """Give a model on the meta device its weights: at once, or when it has been cut, where that is about to come."""
+    model.__dict__[_STORED] = weights
+    if not _is_deferring.get():
+        with torch.device("cpu"):
+            aliases = {name: first for first, *others in _names_of_parameters(model).values() for name in others}
+            materialize(model, Shards(), aliases, 0, torch.device("cpu"))
+
+
+def _names_of_parameters(root: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, param in root.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(canonical(name))
+    return names
 
 
 @torch.no_grad()
@@ -57,30 +102,76 @@ def materialize(root: nn.Module, shards: Shards, aliases: Mapping[str, str], see
     Raises:
         ValueError: a module with meta parameters that has no initialiser.
     """
-    initialisers = dict(_initialisers(root))
+    initialisers, stored = dict(_initialisers(root)), _Stored(root)
 
-    def shard_of(name: str, key: str, param: Tensor) -> TensorShard:
-        full = canonical(f"{name}.{key}" if name else key)
-        return shards.of(aliases.get(full, full), param)
+    def name_of(module: str, key: str) -> str:
+        full = canonical(f"{module}.{key}" if module else key)
+        return aliases.get(full, full)
 
     done: dict[int, nn.Parameter] = {}
     for name, module in root.named_modules():
         parameters = {k: p for k, p in module._parameters.items() if p is not None and p.is_meta}
-        if not any(True for _ in parameters) and not any(b is not None and b.is_meta for b in module._buffers.values()):
+        buffers = {k: b for k, b in module._buffers.items() if b is not None and b.is_meta}
+        if not parameters and not buffers:
             continue
         if all(p.numel() == 0 for p in parameters.values()) and parameters:
             for key, param in parameters.items():  # another stage's: nothing to fill
                 module._parameters[key] = nn.Parameter(torch.empty_like(param, device="cpu"), param.requires_grad)
             continue
-        shard = {key: shard_of(name, key, param) for key, param in parameters.items()}
-        whole = _initial_values(name, module, shard, initialisers.get(name), seed)
+        shard = {key: shards.of(name_of(name, key), param) for key, param in parameters.items()}
+        made = {key: value for key, value in shard.items() if name_of(name, key) not in stored}
+        whole: dict[str, Tensor] = {}
+        if made or any(name_of(name, key) not in stored for key in buffers):
+            whole = _initial_values(name, module, made, initialisers.get(name), seed)
         for key, param in parameters.items():
-            if id(param) not in done:
+            if id(param) not in done and key in made:
                 done[id(param)] = _local_parameter(shard[key], param, whole[key], device)
+            elif id(param) not in done:
+                done[id(param)] = stored.parameter(name_of(name, key), shard[key], param, device)
             module._parameters[key] = done[id(param)]
-        for key, buffer in module._buffers.items():
-            if buffer is not None and buffer.is_meta:
-                module._buffers[key] = whole[key].to(device)
+        for key, buffer in buffers.items():
+            is_stored = name_of(name, key) in stored
+            module._buffers[key] = stored.buffer(name_of(name, key), buffer, device) if is_stored else whole[key].to(device)
+
+
+class _Stored:
+    """The stored weights of all models in a module, by names from that."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._models = {canonical(n): m.__dict__[_STORED] for n, m in root.named_modules() if _STORED in m.__dict__}
+
+    def _find(self, name: str) -> tuple[StoredWeights, str] | None:
+        for prefix, weights in self._models.items():
+            own = name.removeprefix(f"{prefix}.") if prefix else name
+            if (own != name or not prefix) and own in weights:
+                return weights, own
+        return None
+
+    def __contains__(self, name: str) -> bool:
+        return self._find(name) is not None
+
+    def parameter(self, name: str, shard: TensorShard, param: nn.Parameter, device: torch.device) -> nn.Parameter:
+        """Return this rank's part of a parameter, read from where it is stored."""
+        shape = tuple(param.shape)
+        if isinstance(param, DTensor):
+            shape, _ = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+        local = torch.empty(shape, dtype=param.dtype, device=device)
+        self._fill(name, local_pieces(shard, param), local)
+        return _parameter(param, local)
+
+    def buffer(self, name: str, buffer: Tensor, device: torch.device) -> Tensor:
+        """Return a buffer, all of it."""
+        value = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+        self._fill(name, local_pieces(TensorShard(global_shape=tuple(buffer.shape)), value), value)
+        return value
+
+    def _fill(self, name: str, pieces: tuple[Piece, ...], local: Tensor) -> None:
+        found = self._find(name)
+        assert found is not None
+        weights, own = found
+        for piece in pieces:
+            place = local[tuple(slice(at, at + size) for at, size in zip(piece.local, piece.shape, strict=True))]
+            weights.read(own, piece, place)
 
 
 def _initial_values(
@@ -126,13 +217,17 @@ def _local_parameter(shard: TensorShard, param: nn.Parameter, whole: Tensor, dev
         shape, offset = compute_local_shape_and_global_offset(mine.shape, param.device_mesh, param.placements)
         for dim, (length, start) in enumerate(zip(shape, offset, strict=True)):
             mine = mine.narrow(dim, start if length else 0, length)
-        local = mine.to(device, copy=True)
-        value: Tensor = DTensor.from_local(
-            local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=param.stride()
+        return _parameter(param, mine.to(device, copy=True))
+    return _parameter(param, mine.to(device, copy=mine.data_ptr() == whole.data_ptr() and mine.numel() != whole.numel()))
+
+
+def _parameter(like: nn.Parameter, local: Tensor) -> nn.Parameter:
+    """Return a parameter like another one, with this rank's part."""
+    if isinstance(like, DTensor):
+        local = DTensor.from_local(
+            local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
-    else:
-        value = mine.to(device, copy=mine.data_ptr() == whole.data_ptr() and mine.numel() != whole.numel())
-    return nn.Parameter(value, requires_grad=param.requires_grad)
+    return nn.Parameter(local, requires_grad=like.requires_grad)
 
 
 def _initialisers(root: nn.Module) -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,8 @@
 """Parallelism is data: what becomes of each module.
 
 A plan comes from, in this order: the user (``KenotronStrategy(plan=...)`` or a method ``parallel_plan()`` of the
-LightningModule), the configuration of a transformers model (``base_model_tp_plan``), Kénotron's own models.
+LightningModule), a method ``parallel_plan()`` of a model inside (Kénotron's own have one), the configuration of a transformers
+model (``base_model_tp_plan``).
 """
 
 from __future__ import annotations
@@ -21,12 +22,13 @@ STYLES = {
     "rowwise": "columns of the weight are split; the input is split, the output is summed",
     "colwise_gather_output": "rows of the weight are split; the output is gathered",
     "rowwise_split_input": "columns of the weight are split; the whole input is cut first, the output is summed",
-    "packed_colwise": "a fused pair (gate and up) is split half by half; the output stays split",
+    "packed_colwise": "several layers in one (q, k and v; gate and up) are split each; the output stays split",
     "packed_rowwise": "columns of a fused pair are split half by half; the output is summed",
     "vocab_embedding": "rows of an nn.Embedding are split over the vocabulary",
     "vocab_head": "rows of the head are split over the vocabulary; logits and loss stay split",
     "replicated_with_grad_allreduce": "kept whole but works on split activations: its gradient is summed",
     "moe_tp_experts": "experts whose weights are split: inputs are shared, the output is summed",
+    "split_norm": "an RMSNorm over split features; squares are summed",
     "mla_kv_a_proj": "kept whole; the rotary part of its output goes to split heads",
 }
 
@@ -104,7 +106,7 @@ def find_plan(root: nn.Module, user_plan: ParallelPlan | None) -> ParallelPlan |
         return user_plan
     tensor: dict[str, str] = {}
     for name, module in transformers_models(root):
-        tensor.update(_transformers_plan(name, module))
+        tensor.update(_model_plan(name, module))
     if not tensor:
         return user_plan
     return ParallelPlan(
@@ -132,6 +134,14 @@ def pipeline_hints(root: nn.Module) -> list[str]:
         for key in getattr(model.config, "base_model_pp_plan", None) or {}:
             hints.append(_join(prefix, key))
     return hints
+
+
+def _model_plan(name: str, model: Any) -> dict[str, str]:
+    """Return the tp plan of one model with names from the root: its own, or what transformers says of it."""
+    own = getattr(model, "parallel_plan", None)
+    if callable(own):
+        return {_join(name, key): style for key, style in own().tensor.items()}
+    return _transformers_plan(name, model)
 
 
 def _transformers_plan(name: str, model: Any) -> dict[str, str]:

@@ -13,6 +13,7 @@ rowwise_split_input      cut the input                           sum, then add t
 vocab_embedding          look up own rows                        zero what is not ours, sum (``vocab``)
 vocab_head               share the input                         logits that know they are split (``logits``)
 moe_tp_experts           share hidden states and routing weights sum
+split_norm               sum the squares of what is split        nothing: the output stays split
 =======================  ======================================  =============================================
 
 With sequence parallelism hidden states are cut along the sequence between a stage's first block and its last one. Norms work
@@ -23,6 +24,7 @@ entered by a gather and left by a cut, with plain tensor parallelism in between,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,6 +35,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kenotron.layout import divisors
+from kenotron.models.head import Head
+from kenotron.models.layers import FusedLinear, RMSNorm
 from kenotron.parallel.collectives import copy_to, gather_from, reduce_from, reduce_scatter_to, scatter_to
 from kenotron.parallel.logits import VocabParallelLogits
 from kenotron.parallel.shards import Shards, TensorShard, canonical
@@ -91,6 +95,8 @@ class TensorParallel:
             self._share_rotary_part(root, module, name)
         elif style == "vocab_embedding":
             self._cut_embedding(root, module, name)
+        elif style == "split_norm":
+            self._cut_norm(root, module, name)
         else:
             self._cut_linear(root, module, name, style, parent, in_sequence_region)
 
@@ -107,12 +113,12 @@ class TensorParallel:
             segments, replicas = self._rows(module, name, style, parent)
             for key in ("weight", "bias"):
                 self._cut_parameter(root, module, key, name, 0, segments, replicas)
-            if not in_sequence_region:
+            if style == "vocab_head":
+                self._split_logits(module)
+            elif not in_sequence_region:
                 module.register_forward_pre_hook(lambda m, args: (self._shared.share(args[0]), *args[1:]))
             if style == "colwise_gather_output":
                 module.register_forward_hook(lambda m, args, out: gather_from(out, -1, self.group, grad="slice"))
-            if style == "vocab_head":
-                module.register_forward_hook(lambda m, args, out: VocabParallelLogits.from_local(out, self.group))
         else:
             packs = 2 if style == "packed_rowwise" else 1
             segments = self._even(module.in_features, packs, f"{name}.in_features")
@@ -120,6 +126,20 @@ class TensorParallel:
             if style == "rowwise_split_input":
                 module.register_forward_pre_hook(lambda m, args: (scatter_to(args[0], -1, self.group), *args[1:]))
             self._sum_output(module, name, in_sequence_region)
+
+    def _split_logits(self, head: nn.Linear) -> None:
+        """Let a head return its slice of the logits; one that computes losses itself is told with whom."""
+        if isinstance(head, Head):
+            head.group = self.group
+
+        def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            return (self._shared.share(args[0]),) if len(args) == 1 else args
+
+        def leave(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
+            return VocabParallelLogits.from_local(out, self.group) if len(args) == 1 else out
+
+        head.register_forward_pre_hook(enter)
+        head.register_forward_hook(leave)
 
     def _sum_output(self, module: nn.Linear, name: str, in_sequence_region: bool) -> None:
         """Sum a row-wise linear's output over tp; its bias is added once, after the sum."""
@@ -144,6 +164,8 @@ class TensorParallel:
         head_dim = getattr(parent, "head_dim", None)
         if style == "colwise" and isinstance(head_dim, int) and module.out_features % head_dim == 0:
             return self._heads(module, name, parent, head_dim)
+        if isinstance(module, FusedLinear):
+            return self._parts(module, name), (self.rank,)
         packs = 2 if style == "packed_colwise" else 1
         what = "vocabulary" if style == "vocab_head" else f"{name}.out_features"
         return self._even(module.out_features, packs, what), (self.rank,)
@@ -173,6 +195,20 @@ class TensorParallel:
             attention.__dict__["num_key_value_groups"] = queries // self.size
         self.shards.shared_kv.update(f"{name}.{key}" for key, _ in module.named_parameters())
         return ((head * head_dim, head_dim),), tuple(range(head * sharing, (head + 1) * sharing))
+
+    def _parts(self, module: FusedLinear, name: str) -> tuple[tuple[int, int], ...]:
+        """Take an even share of each layer of several in one, at the borders of its units."""
+        segments, start = [], 0
+        for rows in module.parts:
+            units = rows // module.unit
+            if units % self.size:
+                raise ValueError(
+                    f"{name} has a part of {units} units of {module.unit} rows, which tp={self.size} does not divide. Set tp "
+                    f"to one of {divisors(math.gcd(*module.parts) // module.unit, limit=64)}."
+                )
+            segments.append((start + self.rank * (rows // self.size), rows // self.size))
+            start += rows
+        return tuple(segments)
 
     def _cut_expert_parameter(self, root: nn.Module, experts: nn.Module, key: str, name: str, style: str) -> None:
         """Cut the 3-D weight of an experts module, ``[experts, out, in]`` (or transposed, as the module says), and its bias."""
@@ -240,6 +276,20 @@ class TensorParallel:
         bases = (_VocabParallelEmbedding,) if kind is nn.Embedding else (kind, _VocabParallelEmbedding)
         module.__class__ = type(kind.__name__, bases, {"__module__": kind.__module__})
         module.__dict__["_vocabulary"] = (segments[0][0], self.group)
+
+    def _cut_norm(self, root: nn.Module, module: nn.Module, name: str) -> None:
+        if not isinstance(module, RMSNorm):
+            raise ValueError(f"plan[{name!r}] = 'split_norm' applies to kenotron's RMSNorm, not to {type(module).__name__}.")
+        size = module.weight.shape[0]
+        self._cut_parameter(root, module, "weight", name, 0, self._even(size, 1, f"{name}.weight"), (self.rank,))
+
+        def forward(x: Tensor) -> Tensor:
+            wide = x.to(torch.promote_types(x.dtype, torch.float32))
+            # Every rank divides its slice by the sum, and finds its share of the sum's gradient.
+            total = copy_to(reduce_from(wide.square().sum(-1, keepdim=True), self.group), self.group)
+            return module.weight * (wide * torch.rsqrt(total / size + module.eps)).to(x.dtype)
+
+        module.forward = forward  # type: ignore[method-assign]
 
     # ------------------------------------------------------------------------------------------------------- helpers
 

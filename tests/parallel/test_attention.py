@@ -184,7 +184,7 @@ def test_the_fastest_kernel_is_chosen():
 
 def test_a_kernel_that_cannot_cap_scores_says_so():
     q, k, v, _ = inputs()
-    with pytest.raises(ValueError, match="only 'math' caps scores"):
+    with pytest.raises(ValueError, match="only 'math' and 'flash_attn' cap scores"):
         attend(q, k, v, mask=Mask(), scale=SCALE, softcap=3.0, backend="flash_cpu")
 
 
@@ -243,6 +243,48 @@ def test_the_question_which_kernels_a_gpu_has_can_be_asked():
     parameters = torch.backends.cuda.SDPAParams(q, k, v, None, 0.0, False, True)
     assert torch.backends.cuda.can_use_flash_attention(parameters) in (True, False)
     assert torch.backends.cuda.can_use_efficient_attention(parameters) in (True, False)
+
+
+class FlashAttn:
+    """Stands in for the ops of flash-attn 2.8, with their arguments and layouts, computed densely."""
+
+    calls = 0
+
+    def _flash_attn_forward(
+        self, q, k, v, dropout_p, softmax_scale, causal, window_size_left, window_size_right, softcap, alibi_slopes,
+        return_softmax,
+    ):  # fmt: skip
+        assert (dropout_p, softmax_scale, window_size_left, window_size_right, alibi_slopes) == (0.0, SCALE, -1, -1, None)
+        assert {x.shape[1] for x in (q, k, v)} == {q.shape[1]} or not causal
+        self.calls += 1
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        out, lse = dense(q, k, v, Mask(causal=causal), softcap or None)
+        return out.transpose(1, 2), lse.float(), None, None
+
+    def _flash_attn_backward(
+        self, dout, q, k, v, out, softmax_lse, dq, dk, dv, dropout_p, softmax_scale, causal, window_size_left,
+        window_size_right, softcap, alibi_slopes, deterministic, rng_state=None,
+    ):  # fmt: skip
+        assert softmax_lse.is_contiguous()
+        self.calls += 1
+        grads = dense_gradients(dout.transpose(1, 2), *(x.transpose(1, 2) for x in (q, k, v)), mask=Mask(causal=causal),
+                                softcap=softcap or None)  # fmt: skip
+        for place, grad in zip((dq, dk, dv), grads, strict=True):
+            place.copy_(grad.transpose(1, 2))
+
+
+@pytest.mark.parametrize("name", ["none", "causal"])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_flash_attn_is_called_as_it_wants_to_be(monkeypatch, name, softcap):
+    ops = FlashAttn()
+    monkeypatch.setattr(A, "_flash_ops", lambda: ops)
+    q, k, v, dout = inputs()
+    options = {"mask": MASKS[name], "scale": SCALE, "softcap": softcap, "backend": "flash_attn"}
+    out, lse = attend(q, k, v, **options)
+    close((out, lse), dense(q, k, v, MASKS[name], softcap), 1e-6)
+    gradients = attend_backward(dout, q, k, v, out, lse, **options)
+    close(gradients, dense_gradients(dout, q, k, v, mask=MASKS[name], softcap=softcap), 1e-6)
+    assert ops.calls == 2
 
 
 @needs_gpu

@@ -1,0 +1,30 @@
+"""Hugging Face model directories: read by byte ranges, written as a stream, published by one rename."""
+
+from kenotron.hf.directory import HFDirectory, HFTensor
+from kenotron.hf.errors import (
+    HFDirectoryError,
+    ModelIncompleteError,
+    ModelMismatchError,
+    NotAModelDirectoryError,
+    ShardMalformedError,
+    ShardMissingError,
+    ShardTruncatedError,
+    WeightIndexError,
+)
+from kenotron.hf.load import from_hf
+from kenotron.hf.writer import HFWriter
+
+__all__ = [
+    "HFDirectory",
+    "HFDirectoryError",
+    "HFTensor",
+    "HFWriter",
+    "ModelIncompleteError",
+    "ModelMismatchError",
+    "NotAModelDirectoryError",
+    "ShardMalformedError",
+    "ShardMissingError",
+    "ShardTruncatedError",
+    "WeightIndexError",
+    "from_hf",
+]

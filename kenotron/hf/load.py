@@ -1,0 +1,140 @@
+"""Models from Hugging Face directories: each rank reads the byte ranges of its own part, and nothing else.
+
+1. ``from_hf`` reads ``config.json`` and the headers, builds the model on the meta device and compares the two: whatever is
+   missing, left over or of another shape is told here.
+2. The model carries where its weights lie. Under a Kénotron strategy it is then cut, and
+3. every parameter is read when its part of it is known: no process holds the whole model. Elsewhere it is read at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from kenotron.checkpoint.boxes import Box, intersect
+from kenotron.checkpoint.format import Piece as LocalPiece
+from kenotron.hf.conversions import transformers_pieces
+from kenotron.hf.directory import HFDirectory
+from kenotron.hf.errors import ModelMismatchError
+from kenotron.hf.names import Piece, decoder_pieces
+from kenotron.parallel.init import attach
+
+Implementation = Literal["auto", "kenotron", "transformers"]
+
+
+def from_hf(
+    path: str | os.PathLike[str],
+    *,
+    implementation: Implementation = "auto",
+    config: Any = None,
+    dtype: torch.dtype | None = None,
+    **settings: Any,
+) -> Any:
+    """Return the causal language model of a Hugging Face directory, with its weights.
+
+    Call it in ``configure_model``: under a Kénotron strategy every rank then reads its own part alone. It is in training mode.
+
+    Args:
+        path: a local directory with ``config.json`` and safetensors files.
+        implementation: ``"kenotron"`` for :class:`~kenotron.models.Decoder`, ``"transformers"`` for transformers' own class,
+            ``"auto"`` for the first where it covers the model.
+        config: in the place of the directory's.
+        dtype: of the parameters; ``None``: torch's default, which Lightning's precision plugins set.
+        settings: further arguments of ``Decoder``, or of ``AutoModelForCausalLM.from_config``.
+
+    Raises:
+        HFDirectoryError: a ``ValueError``: files that can't be read, or tensors that do not fit the model; all are named.
+        ValueError: an architecture that is not covered.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from kenotron.models.architecture import FAMILIES
+    from kenotron.models.decoder import Decoder
+
+    if implementation not in ("auto", "kenotron", "transformers"):
+        raise ValueError(f"implementation={implementation!r}: set 'auto', 'kenotron' or 'transformers'.")
+    directory = HFDirectory(path)
+    if config is None:
+        directory.config()  # tells what is wrong with it
+        config = AutoConfig.from_pretrained(directory.path, local_files_only=True)
+    ours = implementation == "kenotron" or (implementation == "auto" and config.model_type in FAMILIES)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        with torch.device("meta"):
+            model: Any
+            if ours:
+                model = Decoder(config, **settings)
+            else:
+                model = AutoModelForCausalLM.from_config(config, dtype=dtype or before, **settings)
+    finally:
+        torch.set_default_dtype(before)
+    pieces = (
+        decoder_pieces(config)
+        if ours
+        else transformers_pieces(model, {name: at.shape for name, at in directory.tensors.items()})
+    )
+    check_tensors(directory, model, pieces)
+    attach(model, _DirectoryWeights(directory, pieces))
+    return model
+
+
+class _DirectoryWeights:
+    """The parameters of a model, in a directory's tensors."""
+
+    def __init__(self, directory: HFDirectory, pieces: Mapping[str, Sequence[Piece]]) -> None:
+        self._directory, self._pieces = directory, pieces
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._pieces
+
+    def read(self, name: str, piece: LocalPiece, into: Tensor) -> None:
+        """Fill ``into`` with a box of the parameter ``name``."""
+        for stored in self._pieces[name]:
+            place = Box(tuple(start for start, _ in stored.box), tuple(stop - start for start, stop in stored.box))
+            common = intersect(Box(piece.offset, piece.shape), place)
+            if common is None:
+                continue
+            here = tuple(
+                slice(at - start, at - start + size)
+                for at, start, size in zip(common.offset, piece.offset, common.shape, strict=True)
+            )
+            front = len(stored.box) - len(self._directory.tensors[stored.name].shape)
+            ranges = tuple(
+                (at - start, at - start + size)
+                for at, start, size in zip(common.offset, place.offset, common.shape, strict=True)
+            )[front:]
+            target = into[here].flatten(0, front) if front else into[here]
+            if target.is_cpu:
+                self._directory.read(stored.name, ranges, out=target)
+            else:
+                target.copy_(self._directory.read(stored.name, ranges))
+
+
+#: Tensors that files of old have and no model wants: they follow from the configuration.
+_DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
+
+
+def check_tensors(directory: HFDirectory, model: nn.Module, pieces: Mapping[str, Sequence[Piece]]) -> None:
+    """Raise ``ModelMismatchError`` unless the directory has exactly the tensors that ``pieces`` names, in their shapes."""
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    problems = [f"the model's {name} is in no tensor" for name in parameters.keys() - pieces.keys()]
+    wanted = {piece.name: piece.box for group in pieces.values() for piece in group}
+    for name, box in wanted.items():
+        shape = tuple(stop - start for start, stop in box)
+        stored = directory.tensors.get(name)
+        if stored is None:
+            problems.append(f"{name} of shape {list(shape)} is missing")
+        elif shape[len(shape) - len(stored.shape) :] != stored.shape or any(
+            n != 1 for n in shape[: -len(stored.shape) or None]
+        ):
+            problems.append(f"{name} has shape {list(stored.shape)}, the configuration wants {list(shape)}")
+    tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
+    left = (name for name in directory.tensors if name not in wanted and name not in tied and not name.endswith(_DERIVED))
+    problems += [f"{name} is no part of a {type(model).__name__} with this configuration" for name in left]
+    if problems:
+        raise ModelMismatchError("\n".join([f"{directory.path} does not fit its configuration:", *problems]), tuple(problems))

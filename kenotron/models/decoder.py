@@ -1,0 +1,272 @@
+"""One decoder for the Llama-like families of transformers: read from their configurations, exact to their logits, faster.
+
+What is different from transformers' own: queries, keys and values are one matrix, and so are gate and up; norms, rotations and
+gated activations take one pass and keep less; the loss never holds the full logits; experts are Kénotron's. Everything around
+stays transformers': masks, attention kernels, caches and ``generate``.
+
+Shapes: B sequences, S positions, H hidden.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from kenotron.models.architecture import Architecture
+from kenotron.models.attention import Attention, check_attention, choose_attention
+from kenotron.models.experts import Experts
+from kenotron.models.head import Head
+from kenotron.models.layers import MLP, RMSNorm
+from kenotron.models.moe import MoE, Router
+from kenotron.parallel.plan import ParallelPlan
+
+_log = logging.getLogger(__name__)
+
+
+class DecoderLayer(GradientCheckpointingLayer):
+    """Attention, then an MLP or a mixture of experts, each added to what it was given."""
+
+    def __init__(self, config: Any, architecture: Architecture, layer: int) -> None:
+        super().__init__()
+        a = architecture
+        self.norm_output, self.dropout = a.norm_output, a.residual_dropout
+        self.attention_norm, self.mlp_norm = _norm(a), _norm(a)
+        self.self_attn = Attention(config, a, layer)
+        settings = a.experts[layer]
+        self.mlp: nn.Module
+        if settings is None:
+            sizes: dict[str, Any] = {"activation": a.activation, "is_gated": a.is_gated, "bias": a.mlp_bias}
+            self.mlp = MLP(a.hidden, a.intermediate, dropout=a.residual_dropout, **sizes)
+        else:
+            self.mlp = MoE(settings)
+
+    def forward(self, x_BSH: Tensor, rotation: tuple[Tensor, Tensor], mask: Any = None, **kwargs: Any) -> Tensor:
+        """Return ``[B, S, H]``; arguments are those of :class:`Attention`."""
+        if self.norm_output:
+            x_BSH = x_BSH + self.attention_norm(self._attend(x_BSH, rotation, mask, **kwargs))
+            return cast(Tensor, x_BSH + self.mlp_norm(self.mlp(x_BSH)))
+        x_BSH = x_BSH + self._attend(self.attention_norm(x_BSH), rotation, mask, **kwargs)
+        return cast(Tensor, x_BSH + self.mlp(self.mlp_norm(x_BSH)))
+
+    def _attend(self, x_BSH: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return F.dropout(self.self_attn(x_BSH, *args, **kwargs), self.dropout, self.training)
+
+
+def _norm(architecture: Architecture) -> nn.Module:
+    if architecture.norm == "layer":
+        return nn.LayerNorm(architecture.hidden, architecture.eps)
+    return RMSNorm(architecture.hidden, architecture.eps)
+
+
+class _Pretrained(PreTrainedModel):
+    """What transformers must know of both models below."""
+
+    config_class = PreTrainedConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DecoderLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = _supports_sdpa = _supports_flex_attn = _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, (Experts, Router)):
+            for name, param in module.named_parameters(recurse=False):
+                if name.endswith("bias"):
+                    param.zero_()
+                else:
+                    param.normal_(0.0, self.config.initializer_range)
+        if isinstance(module, Router):
+            module.expert_bias.zero_()
+        if isinstance(module, MoE):
+            module.reset_parameters()
+
+
+class DecoderModel(_Pretrained):
+    """A decoder without its head."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.architecture = a = Architecture.of(config)
+        self.embed_tokens = nn.Embedding(a.vocabulary, a.hidden, a.padding)
+        self.layers = nn.ModuleList([DecoderLayer(self.config, a, layer) for layer in range(a.num_layers)])
+        self.norm = _norm(a)
+        self.rotary_emb = LlamaRotaryEmbedding(cast(Any, self.config))
+        self.chooses_attention = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Return hidden states ``[B, S, H]``; for the arguments see :class:`Decoder`."""
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Decoder needs either input_ids or inputs_embeds, and not both.")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
+        if self.chooses_attention:
+            self._choose_attention(inputs_embeds)
+        masks = self._masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+        x_BSH = F.dropout(inputs_embeds, self.architecture.embedding_dropout, self.training)
+        rotation = self.rotary_emb(x_BSH, position_ids=position_ids)
+        states = [x_BSH]
+        for layer, window in zip(self.layers, self.architecture.windows, strict=True):
+            x_BSH = layer(
+                x_BSH, rotation, masks[window], past_key_values=past_key_values, position_ids=position_ids, use_cache=use_cache,
+                **kwargs,
+            )  # fmt: skip
+            states.append(x_BSH)
+        x_BSH = self.norm(x_BSH)
+        hidden_states = (*states[:-1], x_BSH) if output_hidden_states else None
+        return BaseModelOutputWithPast(
+            last_hidden_state=x_BSH, past_key_values=past_key_values if use_cache else None, hidden_states=hidden_states
+        )
+
+    def _masks(
+        self, embeds: Tensor, attention_mask: Any, position_ids: Tensor, past_key_values: Cache | None
+    ) -> dict[int | None, Any]:
+        """Return the mask of each window, as the kernels want it."""
+        given = attention_mask if isinstance(attention_mask, dict) else {}  # made by `generate` already
+        made: dict[int | None, Any] = {}
+        for window in set(self.architecture.windows):
+            make, kind = create_causal_mask, "full_attention"
+            if window is not None:
+                make, kind = create_sliding_window_causal_mask, "sliding_attention"
+            made[window] = given[kind] if given else make(
+                config=self.config, inputs_embeds=embeds, attention_mask=attention_mask, past_key_values=past_key_values,
+                position_ids=position_ids,
+            )  # fmt: skip
+        return made
+
+    def _choose_attention(self, embeds: Tensor) -> None:
+        """Take the kernels for what comes in; once, and not where others were set meanwhile."""
+        self.chooses_attention = False
+        if self.config._attn_implementation != "sdpa":
+            return
+        device = embeds.device.type
+        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        dtype = torch.get_autocast_dtype(device) if autocast else embeds.dtype
+        self.set_attn_implementation(choose_attention(embeds.device, dtype))
+        _log.info("Decoder: attention by %s (%s on %s)", self.config._attn_implementation, dtype, embeds.device)
+
+
+class Decoder(_Pretrained, GenerationMixin):
+    """A causal language model of one of the families that :data:`~kenotron.models.architecture.FAMILIES` names.
+
+    Args:
+        config: a transformers configuration (``LlamaConfig``, …). A copy is kept.
+        attention: kernels, by transformers' names; ``"auto"``: see :func:`choose_attention`.
+        z_loss: coefficient of the mean over tokens of logsumexp(logits)² beside the loss (PaLM, arXiv 2204.02311, section 5).
+
+    Raises:
+        ValueError: a family or a setting that is not covered.
+    """
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: Any, *, attention: str = "auto", z_loss: float = 0.0) -> None:
+        check_attention(attention)
+        if z_loss < 0:
+            raise ValueError(f"z_loss={z_loss}: set a coefficient of 0 or more.")
+        config = copy.deepcopy(config)
+        config._attn_implementation = "sdpa" if attention == "auto" else attention
+        config._experts_implementation = None  # ours are no choice of transformers'
+        super().__init__(config)
+        self.model = DecoderModel(self.config)
+        self.model.chooses_attention = attention == "auto"
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
+        self.z_loss = z_loss
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Any = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        shift_labels: Tensor | None = None,
+        num_items_in_batch: int | Tensor | None = None,
+        return_logits: bool | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return the loss where there are labels, otherwise logits.
+
+        Args:
+            input_ids: ``[B, S]``. inputs_embeds: ``[B, S, H]``, in their place.
+            attention_mask: ``[B, S]``, 0 for padding.
+            position_ids: ``[B or 1, S]``; where they begin anew, a document does, unless there is a cache.
+            labels: ``[B, S]``, shifted inside; -100 for none. shift_labels: ``[B, S]``, shifted already.
+            use_cache: return keys and values; without labels the configuration's, with labels no.
+            logits_to_keep: of how many last positions (or of which) logits are wanted; 0: of all.
+            num_items_in_batch: what the sum of losses is divided by; ``None``: the number of labels.
+            return_logits: ``None``: where there are no labels. With them they are what a loss costs most memory for.
+        """
+        has_labels = labels is not None or shift_labels is not None
+        if use_cache is None:
+            use_cache = not has_labels and not self.training and self.config.use_cache
+        output = self.model(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
+        )  # fmt: skip
+        x_BSH, loss, logits = output.last_hidden_state, None, None
+        if has_labels:
+            if shift_labels is None:
+                shift_labels = F.pad(cast(Tensor, labels)[..., 1:], (0, 1), value=-100)
+            loss = self.lm_head(x_BSH, shift_labels, z_loss=self.z_loss, num_items=num_items_in_batch)
+        if return_logits or not has_labels:
+            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(x_BSH[:, keep])
+        return CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+        )
+
+    def parallel_plan(self) -> ParallelPlan:
+        """Return what becomes of each module under tensor and pipeline parallelism."""
+        layer = "model.layers.*"
+        a = self.model.architecture
+        tensor = {
+            "model.embed_tokens": "vocab_embedding",
+            f"{layer}.self_attn.qkv_proj": "packed_colwise",
+            f"{layer}.self_attn.o_proj": "rowwise",
+            "lm_head": "vocab_head",
+        }
+        if a.qk_norm:
+            style = "split_norm" if a.qk_norm == "all" else "replicated_with_grad_allreduce"
+            tensor |= {f"{layer}.self_attn.q_norm": style, f"{layer}.self_attn.k_norm": style}
+        if None in a.experts:
+            up = ("gate_up_proj", "packed_colwise") if a.is_gated else ("up_proj", "colwise")
+            tensor |= {f"{layer}.mlp.{up[0]}": up[1], f"{layer}.mlp.down_proj": "rowwise"}
+        if any(a.experts):
+            tensor |= {
+                f"{layer}.mlp.experts.gate_up_proj": "packed_colwise",
+                f"{layer}.mlp.experts.down_proj": "rowwise",
+                f"{layer}.mlp.experts": "moe_tp_experts",
+            }
+        return ParallelPlan(tensor=tensor, blocks="model.layers")

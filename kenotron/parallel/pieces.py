@@ -1,0 +1,58 @@
+"""Where in the whole of a parameter the boxes lie that this rank holds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from kenotron.checkpoint.format import Piece
+from kenotron.parallel._torch import compute_local_shape_and_global_offset
+from kenotron.parallel.shards import TensorShard
+
+
+def local_pieces(shard: TensorShard, value: Tensor) -> tuple[Piece, ...]:
+    """Return the boxes of the global tensor that lie in ``value``, which ``shard`` cuts and, where it is a DTensor, ZeRO."""
+    rows = None
+    if isinstance(value, DTensor):
+        shape, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+        rows = (offset[0], shape[0])
+    return tuple(pieces_of(shard, rows))
+
+
+def pieces_of(shard: TensorShard, rows: tuple[int, int] | None) -> Iterator[Piece]:
+    """Yield the boxes of the global tensor that lie in a local one.
+
+    Args:
+        shard: what tp and ep left here. rows: ``(start, length)`` along dimension 0 of that, what ZeRO left here.
+    """
+    shape = shard.shape
+    first, count = rows if rows is not None else (0, shape[0] if shape else 0)
+    if shape and (count == 0 or 0 in shape):
+        return
+    zeros = (0,) * len(shape)
+    if shard.dim is None or shard.dim > 0:
+        segments = [(0, 0, shape[shard.dim] if shard.dim else 0)]
+        if shard.dim is not None:
+            starts = itertools.accumulate((length for _, length in shard.segments), initial=0)
+            segments = [(begin, start, length) for begin, (start, length) in zip(starts, shard.segments, strict=False)]
+        for begin, start, length in segments:
+            box, where, offset = list(shape), list(zeros), list(zeros)
+            if shape:
+                box[0], offset[0] = count, first + (shard.experts[0] if shard.experts is not None else 0)
+            if shard.dim is not None:
+                box[shard.dim], where[shard.dim], offset[shard.dim] = length, begin, start
+            yield Piece(local=tuple(where), offset=tuple(offset), shape=tuple(box))
+        return
+    begin = 0
+    for start, length in shard.segments:  # of dimension 0, within which ZeRO's rows lie
+        low, high = max(begin, first), min(begin + length, first + count)
+        if low < high:
+            yield Piece(
+                local=(low - first, *zeros[1:]),
+                offset=(start + low - begin, *zeros[1:]),
+                shape=(high - low, *shape[1:]),
+            )
+        begin += length

@@ -1,0 +1,134 @@
+"""Models from Hugging Face directories: bit for bit what the files hold, in one process."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from kenotron.hf import ModelMismatchError, ShardTruncatedError, from_hf
+from kenotron.models import Decoder
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
+from decoder_families import FAMILIES, configuration, on_disk
+
+
+def saved(path: Path, family: str = "llama", **settings: object) -> AutoModelForCausalLM:
+    """Return a small model after saving it as transformers does, in several files."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(configuration(family, **settings))
+    model.save_pretrained(path, max_shard_size="20KB")
+    return model.train()
+
+
+def ids() -> torch.Tensor:
+    return torch.randint(3, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_decoder_has_the_weights_of_the_directory(tmp_path, family):
+    theirs = saved(tmp_path, family)
+    ours = from_hf(tmp_path)
+    assert isinstance(ours, Decoder)
+    assert not any(t.is_meta for t in [*ours.parameters(), *ours.buffers()])
+    assert (ours(ids()).logits - theirs(ids()).logits).abs().max() <= 1e-5
+
+
+DEEPSEEK = {
+    "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8, "n_routed_experts": 4,
+    "n_shared_experts": 1, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2, "moe_intermediate_size": 24,
+    "first_k_dense_replace": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings"),
+    [
+        ("llama", {"tie_word_embeddings": True}),
+        ("gpt2", {"bos_token_id": 1, "eos_token_id": 2}),
+        ("mixtral", {"num_local_experts": 4}),
+        ("qwen3_moe", {"num_experts": 12, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
+        ("deepseek_v3", DEEPSEEK),
+        ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 8, "pad_token_id": None}),
+        ("phi3", {"pad_token_id": 0, "eos_token_id": 2}),
+        ("gemma2", {"head_dim": 8}),
+    ],
+)
+def test_a_transformers_model_has_every_bit_of_the_directory(tmp_path, model_type, settings):
+    common = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common["num_key_value_heads"] = 4
+    config = AutoConfig.for_model(model_type, **{**common, **settings})
+    theirs = AutoModelForCausalLM.from_config(config)
+    for buffer in theirs.buffers():  # those that are stored too
+        if buffer.is_floating_point() and buffer.ndim == 1 and not buffer.any():
+            buffer.normal_()
+    theirs.save_pretrained(tmp_path)
+    ours = from_hf(tmp_path, implementation="transformers")
+    assert type(ours) is type(theirs)
+    assert ours.training
+    expected, found = theirs.state_dict(), ours.state_dict()
+    assert expected.keys() == found.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+    with torch.no_grad():
+        assert torch.equal(ours.eval()(ids()).logits, theirs.eval()(ids()).logits)
+
+
+def test_weights_are_converted_to_the_dtype_that_is_asked_for(tmp_path):
+    theirs = saved(tmp_path)
+    ours = from_hf(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in ours.parameters()} == {torch.bfloat16}
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight.bfloat16())
+    assert ours.model.rotary_emb.inv_freq.dtype == torch.float32
+
+
+def test_everything_that_does_not_fit_is_named(tmp_path):
+    theirs = saved(tmp_path, num_hidden_layers=2)
+    theirs.config.intermediate_size = 48
+    theirs.config.num_hidden_layers = 1
+    theirs.config.attention_bias = True
+    theirs.config.save_pretrained(tmp_path)
+    with pytest.raises(ModelMismatchError) as caught:
+        from_hf(tmp_path)
+    text = str(caught.value)
+    assert "model.layers.0.mlp.gate_proj.weight has shape [40, 32], the configuration wants [48, 32]" in text
+    assert "model.layers.0.self_attn.q_proj.bias of shape [32] is missing" in text
+    assert "model.layers.1.mlp.up_proj.weight is no part of a Decoder" in text
+    assert isinstance(caught.value, ValueError)
+    with pytest.raises(ModelMismatchError, match=r"model\.layers\.1\.mlp\.up_proj\.weight is no part of a LlamaForCausalLM"):
+        from_hf(tmp_path, implementation="transformers")
+
+
+def test_a_truncated_file_and_an_architecture_without_cover_are_told(tmp_path):
+    saved(tmp_path / "a")
+    victim = sorted((tmp_path / "a").glob("*.safetensors"))[1]
+    with victim.open("rb+") as file:
+        file.truncate(victim.stat().st_size - 1000)
+    with pytest.raises(ShardTruncatedError, match=victim.name):
+        from_hf(tmp_path / "a")
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt2", n_layer=1, n_embd=8, n_head=2)).save_pretrained(
+        tmp_path / "b"
+    )
+    with pytest.raises(ValueError, match=r"'gpt2' is not covered.*can be trained unmodified"):
+        from_hf(tmp_path / "b", implementation="kenotron")
+    with pytest.raises(ValueError, match="implementation='hf': set 'auto'"):
+        from_hf(tmp_path / "b", implementation="hf")  # type: ignore[arg-type]
+
+
+def test_what_old_directories_hold_besides_is_left_alone(tmp_path):
+    theirs = saved(tmp_path / "a", tie_word_embeddings=True)
+    tensors = {name: tensor.contiguous() for name, tensor in on_disk(theirs).items()}
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(4)
+    (tmp_path / "b").mkdir()
+    from safetensors.torch import save_file
+
+    save_file(tensors, tmp_path / "b" / "model.safetensors")
+    (tmp_path / "b" / "config.json").write_text(json.dumps(theirs.config.to_dict()))
+    ours = from_hf(tmp_path / "b")
+    assert ours.lm_head.weight is ours.model.embed_tokens.weight
+    assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
