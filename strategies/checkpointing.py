@@ -66,6 +66,7 @@ def save_training(
         "extra_state": {name: value for name, value in module_state.items() if not isinstance(value, Tensor)},
         "optimizers": state.optimizer_groups() if with_optimizers else None,
         "layout": state.layout_sizes(),
+        "models": state.models(),
     }
     checkpointer.save(
         path,

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from kenotron.checkpoint import LocalTensor, Manifest, Piece, StoredTensor, load_into
+from kenotron.hf.record import describe_models
 from kenotron.layout import ParallelLayout
 from kenotron.parallel.apply import Parallelized
 from kenotron.parallel.grads import local
@@ -57,6 +58,10 @@ class CheckpointState:
         self._first_holders: dict[tuple[int, ...], int] = {}
         self._places: dict[tuple[str, tuple[int, ...], bool], _Place] = {}
         self._sharing = sharing if sharing is not None else range(layout.world_size)
+
+    def models(self) -> list[dict[str, Any]]:
+        """Return what is noted of the transformers models in the module."""
+        return describe_models(self._done.root)
 
     def layout_sizes(self) -> dict[str, int]:
         """Return what random states of ranks depend on: the size of each axis."""

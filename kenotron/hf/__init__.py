@@ -11,6 +11,7 @@ from kenotron.hf.errors import (
     ShardTruncatedError,
     WeightIndexError,
 )
+from kenotron.hf.export import export
 from kenotron.hf.load import from_hf
 from kenotron.hf.writer import HFWriter
 
@@ -26,5 +27,6 @@ __all__ = [
     "ShardMissingError",
     "ShardTruncatedError",
     "WeightIndexError",
+    "export",
     "from_hf",
 ]

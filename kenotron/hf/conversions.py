@@ -73,7 +73,7 @@ def _convert(name: str, converter: Any, inputs: Mapping[str, list[_Virtual]]) ->
 
 
 def _stack(tensors: list[_Virtual]) -> _Virtual:
-    pieces = [Piece(p.name, ((i, i + 1), *p.box)) for i, tensor in enumerate(tensors) for p in tensor.pieces]
+    pieces = [Piece(p.name, ((i, i + 1), *p.box), p.front + 1) for i, tensor in enumerate(tensors) for p in tensor.pieces]
     return _Virtual((len(tensors), *tensors[0].shape), tuple(pieces))
 
 
@@ -81,7 +81,7 @@ def _concatenate(tensors: list[_Virtual], dim: int) -> _Virtual:
     pieces: list[Piece] = []
     start = 0
     for tensor in tensors:
-        pieces += [Piece(piece.name, _shift(piece.box, dim, start)) for piece in tensor.pieces]
+        pieces += [piece._replace(box=_shift(piece.box, dim, start)) for piece in tensor.pieces]
         start += tensor.shape[dim]
     first = tensors[0].shape
     return _Virtual((*first[:dim], start, *first[dim + 1 :]), tuple(pieces))

@@ -50,7 +50,7 @@ def from_hf(
         HFDirectoryError: a ``ValueError``: files that can't be read, or tensors that do not fit the model; all are named.
         ValueError: an architecture that is not covered.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     from kenotron.models.architecture import FAMILIES
     from kenotron.models.decoder import Decoder
@@ -79,6 +79,8 @@ def from_hf(
         else transformers_pieces(model, {name: at.shape for name, at in directory.tensors.items()})
     )
     check_tensors(directory, model, pieces)
+    if (directory.path / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory.path, local_files_only=True)
     attach(model, _DirectoryWeights(directory, pieces))
     return model
 
@@ -103,12 +105,11 @@ class _DirectoryWeights:
                 slice(at - start, at - start + size)
                 for at, start, size in zip(common.offset, piece.offset, common.shape, strict=True)
             )
-            front = len(stored.box) - len(self._directory.tensors[stored.name].shape)
             ranges = tuple(
                 (at - start, at - start + size)
                 for at, start, size in zip(common.offset, place.offset, common.shape, strict=True)
-            )[front:]
-            target = into[here].flatten(0, front) if front else into[here]
+            )[stored.front :]
+            target = into[here].flatten(0, stored.front) if stored.front else into[here]
             if target.is_cpu:
                 self._directory.read(stored.name, ranges, out=target)
             else:
@@ -123,15 +124,12 @@ def check_tensors(directory: HFDirectory, model: nn.Module, pieces: Mapping[str,
     """Raise ``ModelMismatchError`` unless the directory has exactly the tensors that ``pieces`` names, in their shapes."""
     parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
     problems = [f"the model's {name} is in no tensor" for name in parameters.keys() - pieces.keys()]
-    wanted = {piece.name: piece.box for group in pieces.values() for piece in group}
-    for name, box in wanted.items():
-        shape = tuple(stop - start for start, stop in box)
+    wanted = {piece.name: piece.shape for group in pieces.values() for piece in group}
+    for name, shape in wanted.items():
         stored = directory.tensors.get(name)
         if stored is None:
             problems.append(f"{name} of shape {list(shape)} is missing")
-        elif shape[len(shape) - len(stored.shape) :] != stored.shape or any(
-            n != 1 for n in shape[: -len(stored.shape) or None]
-        ):
+        elif stored.shape != shape:
             problems.append(f"{name} has shape {list(stored.shape)}, the configuration wants {list(shape)}")
     tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
     left = (name for name in directory.tensors if name not in wanted and name not in tied and not name.endswith(_DERIVED))

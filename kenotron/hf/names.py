@@ -19,11 +19,18 @@ Box = tuple[tuple[int, int], ...]  #: (start, stop) in each dimension
 class Piece(NamedTuple):
     """One tensor of a directory, and where it lies in a parameter.
 
-    ``box`` has the parameter's dimensions. Where the tensor has fewer, those at the front are one long in the box (an expert).
+    ``box`` has the parameter's dimensions. Where the tensor has fewer, those at the front are one long in the box (an expert):
+    ``front`` says how many.
     """
 
     name: str
     box: Box
+    front: int = 0
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the tensor in the directory."""
+        return tuple(stop - start for start, stop in self.box[self.front :])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +122,7 @@ def _experts(ours: str, theirs: str, a: Architecture, layer: int, names: _Names)
 
     def each(key: str, *box: tuple[int, int]) -> Iterator[Piece]:
         for expert in range(settings.num_experts):
-            yield Piece(f"{theirs}.experts.{expert}.{key}.weight", ((expert, expert + 1), *box))
+            yield Piece(f"{theirs}.experts.{expert}.{key}.weight", ((expert, expert + 1), *box), front=1)
 
     gates, ups = each(names.expert_gate, (0, inner), hidden), each(names.expert_up, (inner, 2 * inner), hidden)
     return {

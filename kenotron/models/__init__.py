@@ -1,4 +1,4 @@
-"""Kénotron's own models and their parts. They are plain torch, and know nothing of ranks.
+"""Kénotron's own models and their parts. They are plain torch; of ranks only the loss knows, whose vocabulary may be split.
 
 ``Decoder`` builds on transformers and is imported when it is first used; the parts need torch alone.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from kenotron.models.cross_entropy import LinearCrossEntropy, linear_cross_entropy
 from kenotron.models.experts import Experts
 from kenotron.models.moe import MoE, MoESettings, Router, balance_loss, set_loss_weight, update_expert_bias, z_loss
 
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
 __all__ = [
     "Decoder",
     "Experts",
+    "LinearCrossEntropy",
     "MoE",
     "MoESettings",
     "Router",
     "balance_loss",
+    "linear_cross_entropy",
     "set_loss_weight",
     "update_expert_bias",
     "z_loss",

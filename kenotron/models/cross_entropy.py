@@ -84,15 +84,16 @@ def linear_cross_entropy(
     ignored_N = label_N == ignore_index
     label_N = label_N.masked_fill(ignored_N, 0)
     _check_labels(label_N, weight.shape[0] * group_size(group), ignore_index)
-    # Whether gradients are on can be asked here only: within a Function they never are.
-    how = _How(_autocast_type(hidden), torch.is_grad_enabled(), group, z_loss, softcap, scale, max_logits)
+    # ctx.needs_input_grad would not tell of no_grad, and within a Function gradients are always off.
+    wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
+    how = _How(wanted, _autocast_type(hidden), group, z_loss, softcap, scale, max_logits)
     loss, z = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, label_N, ignored_N, how)
     return LinearCrossEntropy(loss, z, ignored_N.logical_not().sum())
 
 
 class _How(NamedTuple):
+    wanted: list[bool]  #: whether hidden states, weight and bias need a gradient
     autocast: torch.dtype | None  #: the type of the products, if it isn't that of the tensors
-    gradients: bool
     group: Group
     z_loss: float
     softcap: float | None
@@ -115,8 +116,8 @@ def _check_labels(label_N: Tensor, vocabulary: int, ignore_index: int) -> None:
     except IndexError:
         wrong = int(label_N[(label_N < 0) | (label_N >= vocabulary)][0])
         raise ValueError(
-            f"label {wrong} in a vocabulary of {vocabulary}. Allowed are 0 to {vocabulary - 1}, and ignore_index={ignore_index} "
-            "for tokens that don't count."
+            f"label {wrong} in a vocabulary of {vocabulary}. Allowed are 0 to {vocabulary - 1}, and for tokens "
+            f"that don't count ignore_index={ignore_index}."
         ) from None
 
 
@@ -126,8 +127,7 @@ class _LinearCrossEntropy(Function):
         *tensors, ctx.how = inputs
         ctx.save_for_backward(*tensors)
         ctx.dtypes = [None if x is None else x.dtype for x in tensors[:3]]
-        ctx.wanted = [ctx.how.gradients and needed for needed in ctx.needs_input_grad[:3]]
-        loss, z, ctx.gradients = _sums_and_gradients(*tensors, ctx.how, ctx.wanted)
+        loss, z, ctx.gradients = _sums_and_gradients(*tensors, how=ctx.how)
         ctx.mark_non_differentiable(z)
         return loss, z
 
@@ -137,28 +137,22 @@ class _LinearCrossEntropy(Function):
         # They are changed in place and given away, so a second pass through a retained graph finds none.
         gradients, ctx.gradients = ctx.gradients, None
         if gradients is None:
-            gradients = _sums_and_gradients(*ctx.saved_tensors, ctx.how, ctx.wanted)[-1]
+            gradients = _sums_and_gradients(*ctx.saved_tensors, how=ctx.how)[-1]
         own = zip(gradients, ctx.dtypes, strict=True)
         return *(None if x is None else x.mul_(grad).to(dtype) for x, dtype in own), None, None, None
 
 
 def _sums_and_gradients(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    bias_V: Tensor | None,
-    label_N: Tensor,
-    ignored_N: Tensor,
-    how: _How,
-    wanted: list[bool],
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, label_N: Tensor, ignored_N: Tensor, *, how: _How
 ) -> tuple[Tensor, Tensor, list[Tensor | None]]:
     """Return the loss, z, and the gradients of the loss by the first three tensors, those that are wanted."""
     if how.autocast is not None:
         hidden_NH, weight_VH = hidden_NH.to(how.autocast), weight_VH.to(how.autocast)
         bias_V = None if bias_V is None else bias_V.to(how.autocast)
     tokens, vocabulary, exact = hidden_NH.shape[0], weight_VH.shape[0], wide(hidden_NH)
-    grad_hidden = torch.empty_like(hidden_NH) if wanted[0] else None
-    grad_weight = torch.zeros_like(weight_VH, dtype=exact) if wanted[1] else None
-    grad_bias = hidden_NH.new_zeros(vocabulary, dtype=exact) if wanted[2] else None
+    grad_hidden = torch.empty_like(hidden_NH) if how.wanted[0] else None
+    grad_weight = torch.zeros_like(weight_VH, dtype=exact) if how.wanted[1] else None
+    grad_bias = hidden_NH.new_zeros(vocabulary, dtype=exact) if how.wanted[2] else None
     column_N = label_N - group_rank(how.group) * vocabulary
     elsewhere_N = (column_N < 0) | (column_N >= vocabulary)
     column_N.masked_fill_(elsewhere_N, 0)
@@ -173,7 +167,7 @@ def _sums_and_gradients(
         x, tanh = _logits(hidden, weight_VH, bias_V, product, how)
         picked = x.gather(1, column).squeeze(1).masked_fill_(elsewhere, 0.0)
         nll_N[rows], lse_N[rows], log_share = _exponentiate(x, picked, how.group)
-        if not any(wanted):
+        if not any(how.wanted):
             continue
         # softmax · (1 + 2 · z_loss · logsumexp) - onehot, and nothing for a token without a label
         factor = log_share.exp_().mul_(1 + 2 * how.z_loss * lse_N[rows]).masked_fill_(ignored, 0.0)

@@ -136,9 +136,12 @@ def test_large_logits_lose_no_digits() -> None:
         weight[:, 1:] = weight[:, 1:].mul(64).round()
         hidden[:, 1:] = hidden[:, 1:].mul(8).round() / 512
     got = linear_cross_entropy(hidden, weight, labels)
-    want = whole_cross_entropy(hidden.double(), weight.double(), labels)
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    want = whole_cross_entropy(*exact, labels)
     close(got.loss_sum.double(), want[0], 1e-6)
     close(got.z_sum.double(), want[1], 1e-6)
+    grads, exact_grads = torch.autograd.grad(got[0], [hidden, weight]), torch.autograd.grad(want[0], exact)
+    close([x[:, 1:].double() for x in grads], [x[:, 1:] for x in exact_grads], 1e-5)
 
 
 def test_words_masked_by_the_bias_get_no_gradient() -> None:

@@ -1,0 +1,94 @@
+"""What a checkpoint notes of the transformers models in it, so that they can be built again without the user's code."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from kenotron.parallel.plan import transformers_models
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRecord:
+    """One model of a checkpoint.
+
+    Args:
+        name: of the model in the LightningModule; ``""`` for the module itself.
+        implementation: ``"kenotron"`` for Decoder, else ``"transformers"``.
+        architecture: the class as ``config.json`` names it.
+        config, generation: as in ``config.json`` and ``generation_config.json``.
+        source: the directory whose weights it began with, if any.
+    """
+
+    name: str
+    implementation: str
+    architecture: str
+    config: Mapping[str, Any]
+    generation: Mapping[str, Any] | None = None
+    source: str | None = None
+
+    def make_config(self) -> Any:
+        """Return the configuration as an object of transformers.
+
+        Raises:
+            ValueError: a family that this version of transformers does not know.
+        """
+        from transformers import AutoConfig
+
+        settings = dict(self.config)
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        config.architectures = [self.architecture]
+        return config
+
+
+def describe_models(root: nn.Module) -> list[dict[str, Any]]:
+    """Return what a checkpoint notes of each transformers model in ``root``."""
+    records = []
+    for name, model in transformers_models(root):
+        from kenotron.models.decoder import Decoder
+
+        ours = isinstance(model, Decoder)
+        generation = getattr(model, "generation_config", None)
+        record = ModelRecord(
+            name=name,
+            implementation="kenotron" if ours else "transformers",
+            architecture=causal_lm_of(model.config.model_type) if ours else _class_of(model).__name__,
+            config=json.loads(model.config.to_json_string(use_diff=False)),
+            generation=None if generation is None else json.loads(generation.to_json_string()),
+            source=model.config._name_or_path or None,
+        )
+        records.append(vars(record))
+    return records
+
+
+def causal_lm_of(model_type: str) -> str:
+    """Return the name of transformers' class for causal language models of a family."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    name: str = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    return name
+
+
+def _class_of(model: nn.Module) -> type:
+    """Return a model's class without what FSDP2 makes of it."""
+    return next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+
+
+def record_of_directory(path: str | os.PathLike[str], name: str, implementation: str) -> ModelRecord:
+    """Return the record of a model whose configuration lies in a directory, for checkpoints that have none."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    settings = json.loads(config.to_json_string(use_diff=False))
+    return ModelRecord(
+        name=name,
+        implementation=implementation,
+        architecture=causal_lm_of(config.model_type),
+        config=settings,
+        source=str(path),
+    )
