@@ -1,142 +1,248 @@
-"""Tiny transformers models and data that the benchmarks train."""
+"""Models: training and loading with Kénotron's own, against transformers'.
+
+- training: Decoder and LlamaForCausalLM (SDPA) with the same weights take turns, one optimizer step each, in one process; the
+  ratio is of the times of each pair. On a CPU about 50 M parameters in fp32, on CUDA 1 B in bf16 with compiled layers, where
+  model FLOPs utilisation counts attention in full (6 per parameter and token, 12 × layers × hidden × length per token).
+- loading: 4 processes load a directory in bf16, to train in fp32, with ``from_hf`` under ZeRO 3 and with ``from_pretrained`` in
+  each, in turns. The first clock runs from the begin of ``configure_model`` until the strategy has sharded the module, and
+  both until each page of the weights has been touched. Peak host memory is what the kernel counted above what a process had
+  before, and may exceed a rank's share of the weights by 300 MB. A second row loads them as bf16, where ``from_pretrained``
+  maps its files and copies nothing: of that one the memory alone has a bar.
+
+    python bench/models.py [--quick] [--json FILE] [--only PATTERN]
+"""
 
 from __future__ import annotations
 
+import argparse
+import fnmatch
+import gc
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
 from typing import Any
 
-import lightning as L
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from transformers import AutoConfig, AutoModelForCausalLM
+from ratios import spread, verdict
 
-from kenotron.models import Decoder, MoE, MoESettings
+from kenotron.testing import RankPool
 
-VOCABULARY, LENGTH = 256, 16
-
-#: architecture -> settings of its config beyond the common ones
-ARCHITECTURES: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": 2},
-    "llama-tied": {"model_type": "llama", "num_key_value_heads": 2, "tie_word_embeddings": True},
-    "llama-bias": {"model_type": "llama", "num_key_value_heads": 2, "attention_bias": True, "mlp_bias": True},
-    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
-    "gpt_neox": {},
-    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0, "eos_token_id": None},
-    # Its norms come after attention and MLP: with the usual 0.02, at this width, they would blow up rounding noise.
-    "olmo2": {"num_key_value_heads": 2, "initializer_range": 0.1, "eos_token_id": None},
-    "starcoder2": {"num_key_value_heads": 2, "bos_token_id": None, "eos_token_id": None},
-    "mixtral": {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2},
-    "own_moe": {"model_type": "mixtral", "num_key_value_heads": 2, "own_moe": True},
-    "qwen3_moe": {
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-    },
-    "deepseek_v3": {
-        "num_key_value_heads": 4,
-        "q_lora_rank": 32,
-        "kv_lora_rank": 32,
-        "qk_rope_head_dim": 8,
-        "qk_nope_head_dim": 16,
-        "v_head_dim": 16,
-        "n_routed_experts": 8,
-        "n_shared_experts": 1,
-        "n_group": 2,
-        "topk_group": 1,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 64,
-        "first_k_dense_replace": 1,
-    },
-    "gpt_oss": {
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "num_local_experts": 4,
-        "num_experts_per_tok": 2,
-        "sliding_window": 8,
-        "attn_implementation": "eager",
-    },
-    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8, "attn_implementation": "eager"},
-    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
+#: sizes: 56 M parameters and 2 GB; 1.0 B parameters on a GPU
+CPU_MODEL = {
+    "hidden_size": 512,
+    "intermediate_size": 1408,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 8,
+    "vocab_size": 32000,
 }
+GPU_MODEL = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 18, "num_attention_heads": 16, "vocab_size": 32000,
+}  # fmt: skip
+LOADED_MODEL = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20, "num_attention_heads": 16, "vocab_size": 32000,
+}  # fmt: skip
+TRAINING_BAR, LOADING_BAR, SLACK = 1 / 1.10, 1.0, 300e6
+GPU_BAR, PEAK_FLOPS = 1 / 1.15, 989e12
 
 
-def build(architecture: str, layers: int = 4, **overrides: Any) -> Any:
-    """Return a tiny causal LM of one architecture with random weights; with ``decoder=True`` Kénotron's."""
-    settings = {**ARCHITECTURES[architecture], **overrides}
-    attention, own_moe = settings.pop("attn_implementation", "sdpa"), settings.pop("own_moe", False)
-    decoder = settings.pop("decoder", False)
-    config = AutoConfig.for_model(
-        settings.pop("model_type", architecture),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        **settings,
-    )
-    if decoder:
-        return Decoder(config)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
-    if own_moe:  # what is linear in the tokens: the balancing loss is not, and differs between batches by its nature
-        moe = MoESettings(
-            hidden=64, intermediate=64, num_experts=8, top_k=2, shared_intermediate=32, z_coefficient=0.01, bias_rate=0.004
-        )
-        for layer in model.model.layers:
-            layer.mlp = MoE(moe)
-    return model
+# ---------------------------------------------------------------------------------------------------------- training
 
 
-class TinyLM(L.LightningModule):
-    """A plain LightningModule around a transformers model."""
+def train(model: dict[str, int], shape: tuple[int, int], repetitions: int) -> dict[str, Any]:
+    """Return the ratios of step times, ours over transformers', and our tokens per second."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
-    def __init__(
-        self, architecture: str, late: bool = False, lr: float = 1e-3, documents: tuple[int, ...] = (LENGTH,), **settings: Any
-    ) -> None:
-        super().__init__()
-        self._documents = documents  # lengths of those that are packed into a sequence
-        self._build = lambda: build(architecture, **settings)
-        self._lr = lr
-        self.model = None if late else self._build()
+    import kenotron
 
-    def configure_model(self) -> None:
-        if self.model is None:
-            self.model = self._build()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    config = LlamaConfig(**model, num_key_value_heads=model["num_attention_heads"] // 2, max_position_embeddings=shape[1])
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).save_pretrained(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype)
+        ours = kenotron.from_hf(folder, dtype=dtype)
+    contestants = []
+    for contestant in (ours, theirs):
+        contestant.to(device).train()
+        if device.type == "cuda":
+            for layer in contestant.model.layers:
+                layer.compile()
+        contestants.append((contestant, torch.optim.AdamW(contestant.parameters(), lr=1e-4, fused=True)))
+    ids = torch.randint(0, config.vocab_size, shape, device=device)
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        assert self.model is not None
-        positions = torch.cat([torch.arange(length, device=batch.device) for length in self._documents])
-        positions = positions.expand_as(batch)
-        loss: Tensor = self.model(input_ids=batch, labels=batch, position_ids=positions, use_cache=False).loss
-        self.log("train_loss", loss, prog_bar=True)
-        return loss
+    def step(contestant: Any, optimizer: Any) -> float:
+        started = time.perf_counter()
+        contestant(input_ids=ids, labels=ids, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - started
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        assert self.model is not None
-        self.log("val_loss", self.model(input_ids=batch, labels=batch, use_cache=False).loss, sync_dist=True)
-
-    def configure_optimizers(self) -> torch.optim.Optimizer:
-        # With eps = 1e-8 Adam moves by lr where a gradient is nothing but rounding noise, and parity would measure that.
-        return torch.optim.AdamW(self.parameters(), lr=self._lr, eps=1e-6)
-
-
-class Tokens(Dataset[Tensor]):
-    """Random token sequences, the same in every process."""
-
-    def __init__(self, count: int, length: int = LENGTH) -> None:
-        self._ids = torch.randint(0, VOCABULARY, (count, length), generator=torch.Generator().manual_seed(7))
-
-    def __len__(self) -> int:
-        return len(self._ids)
-
-    def __getitem__(self, index: int) -> Tensor:
-        return self._ids[index]
+    for _ in range(2):
+        for contestant in contestants:
+            step(*contestant)
+    times = [[step(*contestant) for contestant in contestants] for _ in range(repetitions)]
+    seconds = sorted(ours for ours, _ in times)[repetitions // 2]
+    tokens = shape[0] * shape[1]
+    parameters = sum(p.numel() for p in ours.parameters()) - ours.get_input_embeddings().weight.numel()
+    flops = 6 * parameters + 12 * model["num_hidden_layers"] * model["hidden_size"] * shape[1]
+    utilisation = tokens / seconds * flops / PEAK_FLOPS if device.type == "cuda" else None
+    return {**spread([a / b for a, b in times]), "tokens_per_s": tokens / seconds, "mfu": utilisation}
 
 
-def loader_of_rank(steps: int, global_batch: int, dp_rank: int, dp_size: int) -> DataLoader[Tensor]:
-    """Return the batches of one data-parallel rank: its slice of each global batch, so that layouts see the same ones."""
-    size = global_batch // dp_size
-    batches = [list(range(s * global_batch + dp_rank * size, s * global_batch + (dp_rank + 1) * size)) for s in range(steps)]
-    return DataLoader(Tokens(steps * global_batch), batch_sampler=batches)
+# ----------------------------------------------------------------------------------------------------------- loading
+
+
+class Meter:
+    """Seconds from its making to ``stop``, and by how many bytes the process was larger meanwhile, at its largest."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        gc.collect()  # not in the midst of what is measured
+        self._before, self._started = self._status("VmRSS"), time.perf_counter()
+
+    def stop(self, module: Any) -> tuple[float, int]:
+        """Touch every page of the weights first."""
+        for param in module.parameters():
+            getattr(param, "_local_tensor", param).detach().view(-1)[::1024].sum()
+        return time.perf_counter() - self._started, self._status("VmHWM") - self._before
+
+    @staticmethod
+    def _status(key: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith(key)).split()[1])
+
+
+def load_sharded(path: str, dtype: str) -> tuple[float, int]:
+    """Load through a strategy, as a user does."""
+    warnings.filterwarnings("ignore")
+    import lightning as L
+    import torch
+
+    import kenotron
+
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+
+    class Module(L.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model: Any = None
+            self.took = (0.0, 0)
+
+        def configure_model(self) -> None:
+            if self.model is None:
+                self.meter = Meter()
+                self.model = kenotron.from_hf(path, dtype=getattr(torch, dtype))
+
+        def on_fit_start(self) -> None:
+            self.took = self.meter.stop(self)
+
+        def training_step(self, batch: Any, batch_idx: int) -> None: ...
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.0)
+
+    trainer = L.Trainer(
+        accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy="kenotron_zero3", max_steps=0, logger=False,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    module = Module()
+    trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(4, 1)))
+    return module.took
+
+
+def load_whole(path: str, dtype: str) -> tuple[float, int]:
+    """Load with transformers."""
+    import torch
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    meter = Meter()
+    return meter.stop(AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)))
+
+
+def load(model: dict[str, int], dtype: str, repetitions: int) -> dict[str, Any]:
+    """Return the ratios of loading times, and the memory of both above a rank's share."""
+    import torch
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    ranks = 4
+    with tempfile.TemporaryDirectory(dir=".") as folder, RankPool(ranks) as pool:
+        config = LlamaConfig(**model, num_key_value_heads=model["num_attention_heads"])
+        written = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        num_parameters = sum(p.numel() for p in written.parameters())
+        written.save_pretrained(folder)
+        del written
+        rounds = []
+        for _ in range(repetitions + 1):
+            rounds.append([pool.run(function, ranks, folder, dtype, timeout_s=600) for function in (load_sharded, load_whole)])
+    rounds = rounds[1:]  # the first one imports
+    ratios = [max(seconds for seconds, _ in ours) / max(seconds for seconds, _ in theirs) for ours, theirs in rounds]
+    memory = [max(peak for ours_theirs in rounds for _, peak in ours_theirs[i]) for i in (0, 1)]
+    share = num_parameters * getattr(torch, dtype).itemsize / ranks
+    seconds = [max(seconds for seconds, _ in by) for by in rounds[-1]]
+    return {
+        **spread(ratios),
+        "gb": 2 * num_parameters / 1e9,
+        "seconds": seconds,
+        "above_share": memory[0] - share,
+        "theirs_above_share": memory[1] - share,
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- rows
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, a smaller directory: under three minutes")
+    parser.add_argument("--json", type=Path, help="write the figures to this file")
+    parser.add_argument("--only", default="*", help="rows whose name matches this pattern")
+    options = parser.parse_args()
+    import torch
+
+    quick, on_gpu = options.quick, torch.cuda.is_available()
+    loaded = {**LOADED_MODEL, "num_hidden_layers": 4} if quick else LOADED_MODEL
+    rows: list[tuple[str, float, Any]] = [
+        ("training, 56 M, fp32, 4 × 512 tokens", TRAINING_BAR, lambda: train(CPU_MODEL, (4, 512), 5 if quick else 15)),
+        ("loading on 4 ranks, to fp32", LOADING_BAR, lambda: load(loaded, "float32", 3 if quick else 5)),
+        ("loading on 4 ranks, as stored", math.inf, lambda: load(loaded, "bfloat16", 3 if quick else 5)),
+    ]
+    if on_gpu:
+        rows[0] = ("training, 1.0 B, bf16, compiled, 4 × 4096 tokens", GPU_BAR, lambda: train(GPU_MODEL, (4, 4096), 20))
+    print(f"{'':<50} {'ratio':>6} {'quartiles':>15} {'bar':>6}")
+    found = []
+    for name, bar, measure in rows:
+        if not fnmatch.fnmatch(name, options.only):
+            continue
+        figures = measure()
+        ok = figures["ratio"] <= bar and figures.get("above_share", 0) <= SLACK
+        row = {"name": name, "bar": bar, "ok": ok, **figures}
+        found.append(row)
+        quartiles = f"{row['low']:.3f} – {row['high']:.3f}"
+        print(f"{name:<50} {row['ratio']:>6.3f} {quartiles:>15} {bar:>6.3f}  {verdict(row)}", flush=True)
+        if "tokens_per_s" in row:
+            mfu = f", model FLOPs utilisation {row['mfu']:.1%}" if row["mfu"] else ""
+            print(f"    {row['tokens_per_s']:,.0f} tokens/s{mfu}")
+        else:
+            ours, theirs = (row[key] / 1e6 for key in ("above_share", "theirs_above_share"))
+            print(
+                f"    {row['gb']:.2f} GB, last round {row['seconds'][0]:.2f} s and {row['seconds'][1]:.2f} s; peak memory of a "
+                f"rank above its share: ours {ours:+,.0f} MB, theirs {theirs:+,.0f} MB (bar {SLACK / 1e6:+,.0f} MB)"
+            )
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1))
+    return 0 if all(row["ok"] for row in found) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

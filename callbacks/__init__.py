@@ -1,5 +1,6 @@
 """Lightning callbacks and plugins, one class to a file. None is needed for correct training."""
 
 from kenotron.callbacks.checkpoint_io import AsyncCheckpointIO
+from kenotron.callbacks.hf_export import HFExport
 
-__all__ = ["AsyncCheckpointIO"]
+__all__ = ["AsyncCheckpointIO", "HFExport"]

@@ -1,4 +1,4 @@
-"""The command line: ``kenotron checkpoint ls PATH``, ``... verify PATH``, ``... merge OUT PART...``."""
+"""The command line: ``kenotron checkpoint ls|verify|merge`` and ``kenotron export CHECKPOINT OUT``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: those of the command line, without the program's name; None takes them from there.
     """
     options = _parser().parse_args(arguments)
+    if options.command == "export":
+        from kenotron.cli import export
+
+        return export.run(options)
     from kenotron.cli import checkpoint  # imports torch, which takes seconds that no --help should
 
     if options.action == "ls":
@@ -48,4 +52,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.add_argument("path", metavar="OUT", help="the checkpoint to make")
     merge.add_argument("parts", metavar="PART", nargs="+", help="the directory of each node, all of them, in any order")
+    _add_export(commands)
     return parser
+
+
+def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "export",
+        help="write the model of a checkpoint as a Hugging Face directory",
+        description="Write the model of a checkpoint, saved on any layout, as a directory that from_pretrained loads: "
+        "config.json, safetensors files, generation config and tokenizer. Memory stays below the largest tensor.",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint")
+    parser.add_argument("out", metavar="OUT", help="the directory to make")
+    parser.add_argument("--model", help="name of the model in the LightningModule, where there are several")
+    parser.add_argument("--config", help="a directory with the model's config.json, in the place of what the checkpoint notes")
+    parser.add_argument("--tokenizer", help="a directory with a tokenizer to put beside the weights")
+    dtypes = ("float32", "bfloat16", "float16")
+    parser.add_argument("--dtype", choices=dtypes, help="convert floating-point tensors to this (default: as they are)")
+    parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a file in GB (default: 5)")

@@ -199,6 +199,7 @@ class Decoder(_Pretrained, GenerationMixin):
         self.model.chooses_attention = attention == "auto"
         self.lm_head = Head(config.hidden_size, config.vocab_size)
         self.z_loss = z_loss
+        self.loss_type = "ForCausalLM"  # which transformers else reads from the class's name
         self.post_init()
 
     def forward(

@@ -219,7 +219,7 @@ def _drop_other_stages(done: Parallelized) -> None:
             name = canonical(f"{prefix}.{key}" if prefix else key)
             if param is not None and done.cut.is_elsewhere(name):
                 module._parameters[key] = empty_parameter(param)
-                done.shards.absent.add(name)
+                done.shards.absent[name] = tuple(param.shape)
 
 
 def _groups_of_holders(shards: Shards, mesh: DeviceMesh) -> dict[tuple[int, ...], dist.ProcessGroup]:

@@ -122,7 +122,11 @@ def materialize(root: nn.Module, shards: Shards, aliases: Mapping[str, str], see
         made = {key: value for key, value in shard.items() if name_of(name, key) not in stored}
         whole: dict[str, Tensor] = {}
         if made or any(name_of(name, key) not in stored for key in buffers):
-            whole = _initial_values(name, module, made, initialisers.get(name), seed)
+            others = {  # stored ones, and those of other stages: an initialiser may touch them, but gives them no value
+                key: shard[key].global_shape if key in shard else shards.absent.get(canonical(f"{name}.{key}"))
+                for key in module._parameters.keys() - made.keys()
+            }
+            whole = _initial_values(name, module, made, others, initialisers.get(name), seed)
         for key, param in parameters.items():
             if id(param) not in done and key in made:
                 done[id(param)] = _local_parameter(shard[key], param, whole[key], device)
@@ -178,15 +182,23 @@ def _initial_values(
     name: str,
     module: nn.Module,
     shards: dict[str, TensorShard],
+    others: Mapping[str, tuple[int, ...] | None],
     initialise: Any,
     seed: int,
 ) -> dict[str, Tensor]:
-    """Run the initialiser of one module on full-size parameters in host memory."""
+    """Run the initialiser of one module on full-size parameters in host memory.
+
+    Args:
+        shards: of the parameters that it is to fill. others: the shapes of those that are only to be there.
+    """
     model = object.__new__(type(module))  # not copy.copy: FSDP2's classes call __init__ when they are made
     model.__dict__ = {**module.__dict__, "_parameters": {}}
     for key, param in module._parameters.items():
+        shape = others.get(key)
         if param is None or key not in shards:
-            model._parameters[key] = param
+            model._parameters[key] = (
+                param if param is None or shape is None else nn.Parameter(param.new_empty(shape, device="meta"))
+            )
             continue
         whole = torch.full(shards[key].global_shape, torch.nan, dtype=param.dtype)
         model._parameters[key] = nn.Parameter(whole, param.requires_grad)

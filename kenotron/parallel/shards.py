@@ -55,7 +55,7 @@ class Shards:
         by_name: parameters that tensor or expert parallelism cuts; all others are whole on each of their ranks.
         partial: parameters whose gradient is only this rank's share and is summed over tp before the step.
         shared_kv: parameters whose gradient is summed over the ranks that share a KV head.
-        absent: parameters that belong to other pipeline stages; here they are empty.
+        absent: parameters that belong to other pipeline stages, with their shapes; here they are empty.
         holders: pipeline ranks that hold a parameter which several stages use (tied embeddings, loose parameters).
     """
 
@@ -63,7 +63,7 @@ class Shards:
     by_name: dict[str, TensorShard] = field(default_factory=dict)
     partial: set[str] = field(default_factory=set)
     shared_kv: set[str] = field(default_factory=set)
-    absent: set[str] = field(default_factory=set)
+    absent: dict[str, tuple[int, ...]] = field(default_factory=dict)
     holders: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
     def of(self, name: str, param: Tensor) -> TensorShard:

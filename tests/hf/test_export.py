@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def keep(path: str, strategy: dict[str, Any], out: str, settings: dict[str, Any]
         accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), strategy=kenotron.KenotronStrategy(**strategy), max_steps=1,
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
-    trainer.fit(module := Module(), torch.utils.data.DataLoader(torch.randint(0, 96, (8, 8)), batch_size=4))
+    trainer.fit(module := Module(), torch.utils.data.DataLoader(torch.arange(64).view(8, 8), batch_size=4))
     trainer.save_checkpoint(out)
     return [getattr(p, "_local_tensor", p).numel() for p in module.parameters()]
 
@@ -148,3 +149,15 @@ def test_other_dtypes_and_a_checkpoint_that_notes_nothing(pool, tmp_path):
     assert torch.equal(found.lm_head.weight, model.lm_head.weight)
     with pytest.raises(ValueError, match="half"):
         export(tmp_path / "ckpt", tmp_path / "half")
+
+
+def test_the_command_line_exports_and_says_what_it_wrote(pool, tmp_path, capsys):
+    from kenotron.cli import main
+
+    make_directory(tmp_path / "hf", "llama", {})
+    pool.run(keep, 1, str(tmp_path / "hf"), {}, str(tmp_path / "ckpt"), {})
+    assert main(["export", str(tmp_path / "ckpt"), str(tmp_path / "out"), "--dtype", "bfloat16", "--max-shard-gb", "1e-5"]) == 0
+    assert re.search(r"out: .* GB in .* s: config.json, generation_config.json, model-00001-of-000", capsys.readouterr().out)
+    assert {tensor.dtype for tensor in tensors_of(tmp_path / "out").values()} == {torch.bfloat16}
+    assert main(["export", str(tmp_path / "hf"), str(tmp_path / "x")]) == 1
+    assert "hf" in capsys.readouterr().err

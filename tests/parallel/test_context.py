@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 from kenotron.parallel.context import KINDS, ContextKind, ContextParallel
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import models
+import tiny
 
 BATCH, LENGTH = 2, 24
 
@@ -39,7 +39,7 @@ def _axis(group: ProcessGroup, kind: ContextKind) -> ContextParallel:
 def _pair(group: ProcessGroup, kind: ContextKind, architecture: str, **settings: Any) -> tuple[Any, Any]:
     """Return a model as it is, and the same one over the ranks."""
     torch.manual_seed(0)
-    plain = models.build(architecture, layers=2, **settings)
+    plain = tiny.build(architecture, layers=2, **settings)
     for name, param in plain.named_parameters():
         if "sinks" in name or "bias" in name:
             nn.init.normal_(param)
@@ -49,7 +49,7 @@ def _pair(group: ProcessGroup, kind: ContextKind, architecture: str, **settings:
 
 
 def _ids(length: int = LENGTH) -> Tensor:
-    return torch.randint(1, models.VOCABULARY, (BATCH, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(1, tiny.VOCABULARY, (BATCH, length), generator=torch.Generator().manual_seed(1))
 
 
 def _same_gradients(group: ProcessGroup, plain: nn.Module, cut: nn.Module, tolerance: float = 1e-5) -> None:
@@ -116,7 +116,7 @@ def own_loss_from_logits(group: ProcessGroup, kind: ContextKind, architecture: s
     losses = []
     for model in (plain, cut):
         out = model(ids, output_hidden_states=True)
-        assert out.logits.shape == (BATCH, 21, models.VOCABULARY)
+        assert out.logits.shape == (BATCH, 21, tiny.VOCABULARY)
         each = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(BATCH, 20)
         loss = (each * weight).sum() / weight.sum() + 0.1 * out.hidden_states[-1].square().mean()
         loss.backward()
@@ -149,7 +149,7 @@ def masked_labels(group: ProcessGroup, kind: ContextKind) -> None:
 
 def backbone(group: ProcessGroup) -> None:
     torch.manual_seed(0)
-    plain = AutoModel.from_config(models.build("llama", layers=1).config)
+    plain = AutoModel.from_config(tiny.build("llama", layers=1).config)
     cut = Holder(copy.deepcopy(plain))
     _axis(group, "ulysses").apply(cut)
     expected, found = plain(_ids(21))[0], cut.model(_ids(21))[0]
@@ -177,11 +177,11 @@ def refusals(group: ProcessGroup) -> None:
     refused(Own(), "ring", r"no transformers model.*\(model.mixer\)")
     odd = AutoConfig.for_model("llama", hidden_size=48, num_attention_heads=3, num_hidden_layers=1, vocab_size=96)
     refused(AutoModelForCausalLM.from_config(odd), "ulysses", "splits 3 attention heads")
-    config = models.build("llama", layers=1).config
+    config = tiny.build("llama", layers=1).config
     config.pad_token_id = 0
     refused(AutoModelForSequenceClassification.from_config(config), "ring", "is no language model")
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    refused(models.build("llama", layers=1, rope_parameters=rope), "ring", "rope_type='dynamic'")
+    refused(tiny.build("llama", layers=1, rope_parameters=rope), "ring", "rope_type='dynamic'")
     _, cut = _pair(group, "ring", "llama")
     with pytest.raises(ValueError, match=r"attention_mask is of shape \(2, 1, 24, 24\)"):
         cut(_ids(), attention_mask=torch.ones(BATCH, 1, LENGTH, LENGTH))

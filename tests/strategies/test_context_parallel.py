@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from kenotron.testing import RankPool
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
-import models
+import tiny
 
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -32,7 +32,7 @@ LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
 LENGTH, ROWS, BATCH = 22, 24, 4  # a length that nothing divides
 
 
-class PackedLM(models.TinyLM):
+class PackedLM(tiny.TinyLM):
     """Batches are mappings with packed documents; the step is one of those that users write."""
 
     def __init__(self, step: str = "labels") -> None:
@@ -66,7 +66,7 @@ def rows(count: int) -> list[dict[str, Tensor]]:
     generator = torch.Generator().manual_seed(5)
     found = []
     for _ in range(count):
-        ids = torch.randint(0, models.VOCABULARY, (LENGTH,), generator=generator)
+        ids = torch.randint(0, tiny.VOCABULARY, (LENGTH,), generator=generator)
         cut = int(torch.randint(2, LENGTH - 2, (), generator=generator))
         positions = torch.cat([torch.arange(cut), torch.arange(LENGTH - cut)])
         labels = ids.clone()
