@@ -7,6 +7,7 @@ things in either.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,9 @@ def set_rank(names: Names, rank: int) -> None:
     """Tell Lightning's and lightning_utilities' ``rank_zero_only`` who this is."""
     utilities = importlib.import_module("lightning_utilities.core.rank_zero")
     names.rank_zero_only.rank = utilities.rank_zero_only.rank = rank
+    log = logging.getLogger("kenotron")  # speaks through Lightning's, and of what is no warning on rank 0 alone
+    log.parent = logging.getLogger(names.package)
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
 def say(names: Names, text: str) -> None:

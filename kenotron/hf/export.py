@@ -72,12 +72,14 @@ def find_record(manifest: Manifest, model: str | None, config: PathLike | None) 
     Raises:
         ValueError: there is none, or several.
     """
-    noted = [ModelRecord(**record) for record in load_state(manifest, allow_pickle=False).get("models") or ()]
-    if model is not None:
-        noted = [record for record in noted if record.name == model] or noted
+    noted = [ModelRecord(**record) for record in load_state(manifest).get("models") or ()]
+    names = ", ".join(repr(record.name) for record in noted)
+    if noted and model is not None:
+        noted = [record for record in noted if record.name == model]
+        if not noted:
+            raise ValueError(f"model={model!r} is none of the transformers models in {manifest.path}: {names}.")
     if len(noted) > 1:
-        names = ", ".join(repr(record.name) for record in noted)
-        raise ValueError(f"{manifest.path} holds {len(noted)} transformers models: {names}. Say which one.")
+        raise ValueError(f"{manifest.path} holds {len(noted)} transformers models: {names}. Say which one by model=.")
     if config is None:
         if not noted:
             raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -47,23 +48,32 @@ class ModelRecord:
 
 
 def describe_models(root: nn.Module) -> list[dict[str, Any]]:
-    """Return what a checkpoint notes of each transformers model in ``root``."""
+    """Return what a checkpoint notes of each transformers model in ``root``; one that JSON can't hold is left out, and told."""
     records = []
     for name, model in transformers_models(root):
-        from kenotron.models.decoder import Decoder
-
-        ours = isinstance(model, Decoder)
-        generation = getattr(model, "generation_config", None)
-        record = ModelRecord(
-            name=name,
-            implementation="kenotron" if ours else "transformers",
-            architecture=causal_lm_of(model.config.model_type) if ours else _class_of(model).__name__,
-            config=json.loads(model.config.to_json_string(use_diff=False)),
-            generation=None if generation is None else json.loads(generation.to_json_string()),
-            source=model.config._name_or_path or None,
-        )
-        records.append(vars(record))
+        try:
+            records.append(vars(_describe(name, model)))
+        except (TypeError, ValueError) as error:  # no reason to lose a checkpoint
+            warnings.warn(
+                f"the configuration of {type(model).__name__} can't be noted in checkpoints ({error}): to export them, give one.",
+                stacklevel=2,
+            )
     return records
+
+
+def _describe(name: str, model: Any) -> ModelRecord:
+    from kenotron.models.decoder import Decoder
+
+    ours = isinstance(model, Decoder)
+    generation, source = getattr(model, "generation_config", None), model.config._name_or_path
+    return ModelRecord(
+        name=name,
+        implementation="kenotron" if ours else "transformers",
+        architecture=causal_lm_of(model.config.model_type) if ours else _class_of(model).__name__,
+        config=json.loads(model.config.to_json_string(use_diff=False)),
+        generation=None if generation is None else json.loads(generation.to_json_string()),
+        source=os.path.abspath(source) if source and os.path.isdir(source) else None,
+    )
 
 
 def causal_lm_of(model_type: str) -> str:

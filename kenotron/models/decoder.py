@@ -224,14 +224,15 @@ class Decoder(_Pretrained, GenerationMixin):
             attention_mask: ``[B, S]``, 0 for padding.
             position_ids: ``[B or 1, S]``; where they begin anew, a document does, unless there is a cache.
             labels: ``[B, S]``, shifted inside; -100 for none. shift_labels: ``[B, S]``, shifted already.
-            use_cache: return keys and values; without labels the configuration's, with labels no.
+            use_cache: return keys and values; ``None``: as the configuration says, but not in training, with labels or with
+                position ids of the caller's.
             logits_to_keep: of how many last positions (or of which) logits are wanted; 0: of all.
             num_items_in_batch: what the sum of losses is divided by; ``None``: the number of labels.
             return_logits: ``None``: where there are no labels. With them they are what a loss costs most memory for.
         """
         has_labels = labels is not None or shift_labels is not None
         if use_cache is None:
-            use_cache = not has_labels and not self.training and self.config.use_cache
+            use_cache = not (has_labels or self.training or position_ids is not None) and self.config.use_cache
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,

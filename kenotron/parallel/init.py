@@ -139,10 +139,10 @@ def materialize(root: nn.Module, shards: Shards, aliases: Mapping[str, str], see
 
 
 class _Stored:
-    """The stored weights of all models in a module, by names from that."""
+    """The stored weights of all models in a module, by names from that. The models themselves no longer carry them."""
 
     def __init__(self, root: nn.Module) -> None:
-        self._models = {canonical(n): m.__dict__[_STORED] for n, m in root.named_modules() if _STORED in m.__dict__}
+        self._models = {canonical(n): m.__dict__.pop(_STORED) for n, m in root.named_modules() if _STORED in m.__dict__}
 
     def _find(self, name: str) -> tuple[StoredWeights, str] | None:
         for prefix, weights in self._models.items():

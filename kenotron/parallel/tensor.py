@@ -202,9 +202,10 @@ class TensorParallel:
         for rows in module.parts:
             units = rows // module.unit
             if units % self.size:
+                what = "rows" if module.unit == 1 else f"heads of {module.unit} rows"
                 raise ValueError(
-                    f"{name} has a part of {units} units of {module.unit} rows, which tp={self.size} does not divide. Set tp "
-                    f"to one of {divisors(math.gcd(*module.parts) // module.unit, limit=64)}."
+                    f"{name} is several layers in one, of which one has {units} {what}: tp={self.size} does not divide them. "
+                    f"Set tp to one of {divisors(math.gcd(*module.parts) // module.unit, limit=64)}."
                 )
             segments.append((start + self.rank * (rows // self.size), rows // self.size))
             start += rows

@@ -147,6 +147,8 @@ def test_other_dtypes_and_a_checkpoint_that_notes_nothing(pool, tmp_path):
     export(tmp_path / "bare", tmp_path / "bare_hf", config=tmp_path / "hf", dtype=torch.bfloat16)
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "bare_hf", dtype=torch.bfloat16)
     assert torch.equal(found.lm_head.weight, model.lm_head.weight)
+    with pytest.raises(ValueError, match=r"model='lm' is none of the transformers models in .*: 'model'"):
+        export(tmp_path / "ckpt", tmp_path / "x", model="lm")
     with pytest.raises(ValueError, match="half"):
         export(tmp_path / "ckpt", tmp_path / "half")
 

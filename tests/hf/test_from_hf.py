@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -36,6 +37,7 @@ def test_a_decoder_has_the_weights_of_the_directory(tmp_path, family):
     assert isinstance(ours, Decoder)
     assert not any(t.is_meta for t in [*ours.parameters(), *ours.buffers()])
     assert (ours(ids()).logits - theirs(ids()).logits).abs().max() <= 1e-5
+    assert copy.deepcopy(ours).state_dict().keys() == ours.state_dict().keys()
 
 
 DEEPSEEK = {

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import kenotron
+from kenotron.models import Decoder
 from kenotron.testing import RankPool
 
 SECONDS = 10.0
@@ -44,6 +45,12 @@ class TinyLM(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+class DecoderLM(TinyLM):
+    def __init__(self, **sizes: int) -> None:
+        super().__init__(**sizes)
+        self.model = Decoder(self.model.config)
 
 
 class ManualLM(TinyLM):
@@ -101,6 +108,7 @@ CASES = {
     "dp that does not fit": (TinyLM, {}, {"dp": 4}, 4, "Start 4 processes"),
     "heads": (TinyLM, {"num_attention_heads": 3, "head_dim": 16}, {"tp": 2}, 4, "3 heads, which tp=2 does not divide"),
     "KV heads": (TinyLM, {}, {"tp": 2}, 4, "3 KV heads"),
+    "KV heads in one matrix with others": (DecoderLM, {}, {"tp": 2}, 4, "one has 3 heads of 8 rows: tp=2 does not divide"),
     "vocabulary": (TinyLM, {"vocab_size": 97, "num_key_value_heads": 2}, {"tp": 2}, 4, "vocabulary is 97"),
     "a style that does not fit its module": (
         TinyLM, {"num_key_value_heads": 2}, {"tp": 2, "plan": {"model.model.layers.*.input_layernorm": "colwise"}}, 4,
