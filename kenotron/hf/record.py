@@ -55,7 +55,7 @@ def describe_models(root: nn.Module) -> list[dict[str, Any]]:
             records.append(vars(_describe(name, model)))
         except (TypeError, ValueError) as error:  # no reason to lose a checkpoint
             warnings.warn(
-                f"the configuration of {type(model).__name__} can't be noted in checkpoints ({error}): to export them, give one.",
+                f"the config of {type(model).__name__} can't be noted in checkpoints ({error}): give one to export them.",
                 stacklevel=2,
             )
     return records
