@@ -53,7 +53,7 @@ def set_rank(names: Names, rank: int) -> None:
     names.rank_zero_only.rank = utilities.rank_zero_only.rank = rank
     log = logging.getLogger("kenotron")  # speaks through Lightning's, and of what is no warning on rank 0 alone
     log.parent = logging.getLogger(names.package)
-    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    log.setLevel(logging.NOTSET if rank == 0 else logging.WARNING)  # not set: as Lightning's is
 
 
 def say(names: Names, text: str) -> None:
