@@ -13,7 +13,7 @@ from kenotron import _autoload
 
 if TYPE_CHECKING:
     from kenotron.checkpoint import load_state_dict
-    from kenotron.hf import from_hf
+    from kenotron.hf import from_checkpoint, from_hf
     from kenotron.layout import ParallelLayout
     from kenotron.parallel.plan import ParallelPlan
     from kenotron.strategies import KenotronStrategy
@@ -24,11 +24,12 @@ _PUBLIC = {
     "KenotronStrategy": "kenotron.strategies",
     "ParallelLayout": "kenotron.layout",
     "ParallelPlan": "kenotron.parallel.plan",
+    "from_checkpoint": "kenotron.hf",
     "from_hf": "kenotron.hf",
     "load_state_dict": "kenotron.checkpoint",
 }
 
-__all__ = ["KenotronStrategy", "ParallelLayout", "ParallelPlan", "__version__", "from_hf", "load_state_dict"]
+__all__ = ["KenotronStrategy", "ParallelLayout", "ParallelPlan", "__version__", "from_checkpoint", "from_hf", "load_state_dict"]
 
 _autoload.autoload()
 

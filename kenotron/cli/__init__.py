@@ -1,4 +1,4 @@
-"""The command line: ``kenotron checkpoint ls|verify|merge`` and ``kenotron export CHECKPOINT OUT``."""
+"""The command line: ``kenotron checkpoint ls|verify|merge``, ``kenotron export`` and ``kenotron generate``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from kenotron.cli import export
 
         return export.run(options)
+    if options.command == "generate":
+        from kenotron.cli import generate
+
+        return generate.run(options)
     from kenotron.cli import checkpoint  # imports torch, which takes seconds that no --help should
 
     if options.action == "ls":
@@ -53,7 +57,11 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("path", metavar="OUT", help="the checkpoint to make")
     merge.add_argument("parts", metavar="PART", nargs="+", help="the directory of each node, all of them, in any order")
     _add_export(commands)
+    _add_generate(commands)
     return parser
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -68,6 +76,26 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("--model", help="name of the model in the LightningModule, where there are several")
     parser.add_argument("--config", help="a directory with the model's config.json, in the place of what the checkpoint notes")
     parser.add_argument("--tokenizer", help="a directory with a tokenizer to put beside the weights")
-    dtypes = ("float32", "bfloat16", "float16")
-    parser.add_argument("--dtype", choices=dtypes, help="convert floating-point tensors to this (default: as they are)")
+    parser.add_argument("--dtype", choices=_DTYPES, help="convert floating-point tensors to this (default: as they are)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a file in GB (default: 5)")
+
+
+def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="continue prompts with the model of a checkpoint",
+        description="Continue prompts with the model of a checkpoint. On several GPUs, or processes, the model is split over "
+        "all of them: torchrun --nproc-per-node 2 -m kenotron.cli generate ...",
+    )
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of any layout, or a Hugging Face directory")
+    parser.add_argument("--prompt", action="append", required=True, help="text to continue; several make a batch")
+    parser.add_argument("--max-new-tokens", type=int, default=64, help="at most so many for each prompt (default: 64)")
+    parser.add_argument("--temperature", type=float, help="sample, from logits divided by this")
+    parser.add_argument("--top-k", type=int, help="sample among so many of the likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens that make up so much probability")
+    parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
+    parser.add_argument("--no-cache", action="store_true", help="compute keys and values anew for every token")
+    parser.add_argument("--tokenizer", help="a directory with the tokenizer, where the checkpoint knows of none")
+    parser.add_argument("--model", help="name of the model in the LightningModule, where there are several")
+    parser.add_argument("--config", help="a directory with the model's config.json, in the place of what the checkpoint notes")
+    parser.add_argument("--dtype", choices=_DTYPES, help="of the parameters (default: float32)")

@@ -12,7 +12,9 @@ from kenotron.hf.errors import (
     WeightIndexError,
 )
 from kenotron.hf.export import export
+from kenotron.hf.generate import generate
 from kenotron.hf.load import from_hf
+from kenotron.hf.restore import from_checkpoint
 from kenotron.hf.writer import HFWriter
 
 __all__ = [
@@ -28,5 +30,7 @@ __all__ = [
     "ShardTruncatedError",
     "WeightIndexError",
     "export",
+    "from_checkpoint",
     "from_hf",
+    "generate",
 ]

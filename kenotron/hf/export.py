@@ -23,7 +23,7 @@ from kenotron.hf.names import Piece, decoder_pieces
 from kenotron.hf.record import ModelRecord, record_of_directory
 from kenotron.hf.writer import HFWriter
 
-_MODEL = "model/"
+MODEL_PREFIX = "model/"  #: of parameters and buffers, in the names of a checkpoint's tensors
 PathLike = str | os.PathLike[str]
 
 
@@ -90,8 +90,8 @@ def find_record(manifest: Manifest, model: str | None, config: PathLike | None) 
         given = record_of_directory(config, noted[0].name, noted[0].implementation)
         return replace(given, architecture=noted[0].architecture, generation=noted[0].generation)
     ours = any(name.endswith("self_attn.qkv_proj.weight") for name in manifest.tensors)
-    heads = [name for name in manifest.tensors if name.startswith(_MODEL) and name.endswith("embed_tokens.weight")]
-    prefix = heads[0].removeprefix(_MODEL).removesuffix("model.embed_tokens.weight").rstrip(".") if heads else ""
+    heads = [name for name in manifest.tensors if name.startswith(MODEL_PREFIX) and name.endswith("embed_tokens.weight")]
+    prefix = heads[0].removeprefix(MODEL_PREFIX).removesuffix("model.embed_tokens.weight").rstrip(".") if heads else ""
     return record_of_directory(config, prefix if model is None else model, "kenotron" if ours else "transformers")
 
 
@@ -116,7 +116,7 @@ def pieces_of_record(record: ModelRecord, config: Any) -> dict[str, tuple[Piece,
 
 def _stored_names(manifest: Manifest, record: ModelRecord, pieces: Mapping[str, Sequence[Piece]]) -> dict[str, str]:
     """Return under which name the checkpoint has each parameter."""
-    prefix = f"{_MODEL}{record.name}." if record.name else _MODEL
+    prefix = f"{MODEL_PREFIX}{record.name}." if record.name else MODEL_PREFIX
     stored = {name: manifest.aliases.get(prefix + name, prefix + name) for name in pieces}
     missing = [name for name, full in stored.items() if full not in manifest.tensors]
     if missing:

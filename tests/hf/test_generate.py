@@ -1,0 +1,147 @@
+"""Text from checkpoints and directories: token for token what transformers generates, on one process and on two."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import kenotron
+from kenotron.hf import generate
+from kenotron.testing import RankPool
+
+VOCABULARY = 96
+PROMPTS = ["t5 t6 t7 t8", "t9 t10"]
+
+
+def make_directory(path: Path, model_type: str, **settings: Any) -> None:
+    """Save a small model, and a tokenizer whose words are t0, t1, … and stand for themselves."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    common = {
+        **sizes,
+        "num_key_value_heads": 2,
+        "vocab_size": VOCABULARY,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+    }
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(model_type, **{**common, **settings}))
+    for param in model.parameters():
+        param.data.normal_(std=0.3)
+    model.save_pretrained(path)
+    words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(VOCABULARY)}, "t3"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="t3", pad_token="t0", eos_token="t2").save_pretrained(path)
+
+
+def expected(path: Path, **settings: Any) -> list[str]:
+    """Return what transformers makes of the prompts."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+    batch = tokenizer(PROMPTS, return_tensors="pt", padding=True, padding_side="left", return_token_type_ids=False)
+    out = model.generate(**batch, max_new_tokens=10, **settings)
+    return tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def on_ranks(path: str, settings: dict[str, Any]) -> list[str]:
+    """Generate on this rank of a tensor-parallel group."""
+    from transformers import AutoTokenizer
+
+    from kenotron.layout import ParallelLayout
+    from kenotron.parallel.apply import Request, parallelize
+    from kenotron.parallel.init import deferring
+
+    world = int(os.environ["WORLD_SIZE"])
+    layout = ParallelLayout(dp=1, tp=world).resolve(world)
+    with deferring():
+        model = kenotron.from_hf(path)
+    torch.distributed.init_process_group("gloo")
+    try:
+        parallelize(model, layout.device_mesh("cpu"), Request(layout=layout, device=torch.device("cpu")))
+        return generate(model, AutoTokenizer.from_pretrained(path), PROMPTS, max_new_tokens=10, **settings)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def pool():
+    with RankPool(2) as processes:
+        yield processes
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mixtral"])
+def test_the_likeliest_tokens_are_those_of_transformers(pool, tmp_path, model_type, use_cache):
+    make_directory(tmp_path, model_type, tie_word_embeddings=model_type == "qwen3")
+    theirs = expected(tmp_path, do_sample=False, use_cache=use_cache)
+    assert all(len(text.split()) > 3 for text in theirs)
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    ours = generate(kenotron.from_hf(tmp_path), tokenizer, PROMPTS, max_new_tokens=10, use_cache=use_cache)
+    assert ours == theirs
+    assert pool.run(on_ranks, 2, str(tmp_path), {"use_cache": use_cache}) == [theirs, theirs]
+
+
+def test_sampling_is_seeded_and_alike_on_all_ranks(pool, tmp_path):
+    make_directory(tmp_path, "llama")
+    torch.manual_seed(7)
+    theirs = expected(tmp_path, do_sample=True, temperature=0.8, top_k=20, top_p=0.9)
+    settings = {"temperature": 0.8, "top_k": 20, "top_p": 0.9, "seed": 7}
+    found = pool.run(on_ranks, 2, str(tmp_path), settings)
+    assert found == [theirs, theirs]
+    other = pool.run(on_ranks, 2, str(tmp_path), {**settings, "seed": 8})
+    assert other[0] == other[1] != theirs
+
+
+def test_the_command_line_continues_prompts_from_checkpoints(tmp_path, capfd):
+    from kenotron.checkpoint import LocalTensor, save
+    from kenotron.cli import main
+    from kenotron.hf.record import describe_models
+
+    make_directory(tmp_path / "hf", "llama")
+    theirs = expected(tmp_path / "hf", do_sample=False)
+    model = kenotron.from_hf(tmp_path / "hf")
+    root = torch.nn.Module()
+    root.lm = model
+    tensors = [LocalTensor.whole(f"model/lm.{name}", value, owners=(0,)) for name, value in model.state_dict().items()]
+    save(tmp_path / "ckpt", tensors, {"models": describe_models(root)}, rank=0, world_size=1, save_id="a")
+    lines = [f"{prompt}{text}" for prompt, text in zip(PROMPTS, theirs, strict=True)]
+    arguments = ["generate", str(tmp_path / "ckpt"), *(f"--prompt={prompt}" for prompt in PROMPTS), "--max-new-tokens=10"]
+    assert main(arguments) == 0
+    assert capfd.readouterr().out.splitlines() == lines
+    run = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "kenotron.cli"]
+    done = subprocess.run([*run, *arguments], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == lines
+    restored = kenotron.from_checkpoint(tmp_path / "ckpt")
+    for name, value in model.state_dict().items():
+        assert torch.equal(restored.state_dict()[name], value), name
+
+
+def test_bad_input_is_told(tmp_path, capfd):
+    from kenotron.cli import main
+
+    make_directory(tmp_path, "llama")
+    for options, text in [
+        (["--max-new-tokens=0"], "max_new_tokens=0"),
+        (["--temperature=0"], "temperature=0.0: set it above 0"),
+        (["--top-k=0"], "top_k=0"),
+        (["--top-p=1.5"], "top_p=1.5"),
+        (["--prompt="], "no empty one"),
+        (["--tokenizer=nowhere"], "nowhere has no tokenizer"),
+    ]:
+        assert main(["generate", str(tmp_path), "--prompt=t5", *options]) == 1
+        assert text in capfd.readouterr().err
+    assert main(["generate", str(tmp_path / "none"), "--prompt=t5"]) == 1
+    assert "none" in capfd.readouterr().err
