@@ -2,5 +2,6 @@
 
 from kenotron.callbacks.checkpoint_io import AsyncCheckpointIO
 from kenotron.callbacks.hf_export import HFExport
+from kenotron.callbacks.sample_text import SampleText
 
-__all__ = ["AsyncCheckpointIO", "HFExport"]
+__all__ = ["AsyncCheckpointIO", "HFExport", "SampleText"]

@@ -179,6 +179,26 @@ class Training(Failures):
         assert self._done is not None
         return {} if self._done.loads is None else self._done.loads.report()
 
+    def evaluate(self, call: Callable[[], Any]) -> Any:
+        """Return ``call()``, which uses the module between steps: with its parameters at hand, in validation's precision.
+
+        Without gradients. All ranks call it, and run the module equally often.
+
+        Raises:
+            ValueError: the module is split into pipeline stages.
+        """
+        if self.layout.pp > 1:
+            raise ValueError(
+                f"pp={self.layout.pp}: a model that is split into stages runs in steps alone. Set pp=1, or use a checkpoint: "
+                "kenotron.from_checkpoint(path)."
+            )
+        assert self._done is not None
+        try:
+            with torch.no_grad(), self.precision_plugin.val_step_context():
+                return self._done.enclose(call)
+        finally:
+            self._reshard()
+
     def validation_step(self, *args: Any, **kwargs: Any) -> Any:
         return self._evaluate("validation_step", self.precision_plugin.val_step_context, args, kwargs)
 

@@ -61,9 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-_DTYPES = ("float32", "bfloat16", "float16")
-
-
 def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "export",
@@ -73,10 +70,7 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint")
     parser.add_argument("out", metavar="OUT", help="the directory to make")
-    parser.add_argument("--model", help="name of the model in the LightningModule, where there are several")
-    parser.add_argument("--config", help="a directory with the model's config.json, in the place of what the checkpoint notes")
-    parser.add_argument("--tokenizer", help="a directory with a tokenizer to put beside the weights")
-    parser.add_argument("--dtype", choices=_DTYPES, help="convert floating-point tensors to this (default: as they are)")
+    _add_model_options(parser, "convert floating-point tensors to this (default: as they are)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a file in GB (default: 5)")
 
 
@@ -95,7 +89,11 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--top-p", type=float, help="sample among the likeliest tokens that make up so much probability")
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     parser.add_argument("--no-cache", action="store_true", help="compute keys and values anew for every token")
-    parser.add_argument("--tokenizer", help="a directory with the tokenizer, where the checkpoint knows of none")
+    _add_model_options(parser, "of the parameters (default: float32)")
+
+
+def _add_model_options(parser: argparse.ArgumentParser, dtype: str) -> None:
     parser.add_argument("--model", help="name of the model in the LightningModule, where there are several")
     parser.add_argument("--config", help="a directory with the model's config.json, in the place of what the checkpoint notes")
-    parser.add_argument("--dtype", choices=_DTYPES, help="of the parameters (default: float32)")
+    parser.add_argument("--tokenizer", help="a directory with the tokenizer, in the place of what the checkpoint notes")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help=dtype)
