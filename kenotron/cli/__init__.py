@@ -1,4 +1,4 @@
-"""The command line: ``kenotron checkpoint ls|verify|merge``, ``kenotron export`` and ``kenotron generate``."""
+"""The command line: ``kenotron checkpoint ls|verify|merge``, ``kenotron export``, ``... convert`` and ``... generate``."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from kenotron.cli import export
 
         return export.run(options)
+    if options.command == "convert":
+        from kenotron.cli import export
+
+        return export.convert(options)
     if options.command == "generate":
         from kenotron.cli import generate
 
@@ -57,6 +61,7 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("path", metavar="OUT", help="the checkpoint to make")
     merge.add_argument("parts", metavar="PART", nargs="+", help="the directory of each node, all of them, in any order")
     _add_export(commands)
+    _add_convert(commands)
     _add_generate(commands)
     return parser
 
@@ -72,6 +77,22 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     parser.add_argument("out", metavar="OUT", help="the directory to make")
     _add_model_options(parser, "convert floating-point tensors to this (default: as they are)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a file in GB (default: 5)")
+
+
+def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="convert between Hugging Face directories, checkpoints, and checkpoints of Nanotron",
+        description="Convert a whole model, on a CPU, parameter by parameter. Checkpoints that this makes hold weights alone: "
+        "kenotron.from_checkpoint(path) in configure_model begins with them.",
+    )
+    kinds = ("hf-to-kenotron", "kenotron-to-hf", "nanotron-to-kenotron", "kenotron-to-nanotron")
+    parser.add_argument("kind", choices=kinds, metavar="KIND", help=", ".join(kinds))
+    parser.add_argument("path", metavar="PATH", help="what to convert")
+    parser.add_argument("out", metavar="OUT", help="what to make")
+    parser.add_argument("--name", default="model", help="name of the model in the LightningModule (default: model)")
+    parser.add_argument("--tp", type=int, default=1, help="to Nanotron: for so many tensor-parallel ranks (default: 1)")
+    parser.add_argument("--rope-interleaved", action="store_true", help="to Nanotron: rotary pairs are neighbours")
 
 
 def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:

@@ -1,15 +1,16 @@
-"""``kenotron export``: the model of a checkpoint as a Hugging Face directory."""
+"""``kenotron export`` and ``kenotron convert``: models from one form into another."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 import time
+from pathlib import Path
 
 import torch
 
 from kenotron.checkpoint import CheckpointError
-from kenotron.hf import export
+from kenotron.hf import export, hf_to_kenotron, kenotron_to_nanotron, nanotron_to_kenotron
 
 
 def run(options: argparse.Namespace) -> int:
@@ -28,7 +29,31 @@ def run(options: argparse.Namespace) -> int:
     except (ValueError, CheckpointError, OSError) as error:
         print(error, file=sys.stderr)
         return 1
+    return _tell(out, started)
+
+
+def convert(options: argparse.Namespace) -> int:
+    """Convert, say what was written, and return the exit code."""
+    started = time.monotonic()
+    try:
+        if options.tp < 1:
+            raise ValueError(f"--tp {options.tp}: set it to 1 or more.")
+        if options.kind == "hf-to-kenotron":
+            out = hf_to_kenotron(options.path, options.out, name=options.name)
+        elif options.kind == "kenotron-to-hf":
+            out = export(options.path, options.out)
+        elif options.kind == "nanotron-to-kenotron":
+            out = nanotron_to_kenotron(options.path, options.out, name=options.name)
+        else:
+            out = kenotron_to_nanotron(options.path, options.out, tp=options.tp, rope_interleaved=options.rope_interleaved)
+    except (ValueError, CheckpointError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return _tell(out, started)
+
+
+def _tell(out: Path, started: float) -> int:
     files = sorted(out.iterdir())
-    size = sum(file.stat().st_size for file in files)
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     print(f"{out}: {size / 1e9:.3g} GB in {time.monotonic() - started:.1f} s: {', '.join(file.name for file in files)}")
     return 0

@@ -1,5 +1,6 @@
 """Hugging Face model directories: read by byte ranges, written as a stream, published by one rename."""
 
+from kenotron.hf.convert import hf_to_kenotron, kenotron_to_nanotron, nanotron_to_kenotron
 from kenotron.hf.directory import HFDirectory, HFTensor
 from kenotron.hf.errors import (
     HFDirectoryError,
@@ -33,4 +34,7 @@ __all__ = [
     "from_checkpoint",
     "from_hf",
     "generate",
+    "hf_to_kenotron",
+    "kenotron_to_nanotron",
+    "nanotron_to_kenotron",
 ]

@@ -138,6 +138,12 @@ def _tensors(
             yield piece.name, (found, piece.shape)
 
 
+def read_whole(manifest: Manifest, name: str) -> torch.Tensor:
+    """Return a whole tensor of a checkpoint, by its name there."""
+    stored = manifest.tensors[name]
+    return _read(manifest, name, Piece(name, tuple((0, size) for size in stored.shape)))
+
+
 def _read(manifest: Manifest, name: str, piece: Piece) -> torch.Tensor:
     whole = manifest.tensors[name]
     extents = tuple(stop - start for start, stop in piece.box)
