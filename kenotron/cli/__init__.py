@@ -82,9 +82,9 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
 def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     parser = commands.add_parser(
         "convert",
-        help="convert between Hugging Face directories, checkpoints, and checkpoints of Nanotron",
         description="Convert a whole model, on a CPU, parameter by parameter. Checkpoints that this makes hold weights alone: "
         "kenotron.from_checkpoint(path) in configure_model begins with them.",
+        help="convert between Hugging Face directories, checkpoints, and checkpoints of Nanotron",
     )
     kinds = ("hf-to-kenotron", "kenotron-to-hf", "nanotron-to-kenotron", "kenotron-to-nanotron")
     parser.add_argument("kind", choices=kinds, metavar="KIND", help=", ".join(kinds))
