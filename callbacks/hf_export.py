@@ -46,6 +46,10 @@ class HFExport(L.Callback):
                 "strategy='kenotron', or save with transformers' save_pretrained."
             )
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember where this ``fit`` begins, which was dealt with before."""
+        self._last_step = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Export after every n-th optimizer step."""
         step = trainer.global_step
@@ -81,9 +85,10 @@ class HFExport(L.Callback):
                 warnings.warn(f"{out} is there already and is left as it is; give HFExport another dirpath.", stacklevel=1)
             else:
                 export(weights, out, **self._settings)
-            shutil.rmtree(weights)
         except BaseException as error:
             self._error = error
+        finally:
+            shutil.rmtree(weights, ignore_errors=True)
 
     def _wait(self) -> None:
         if self._thread is not None:

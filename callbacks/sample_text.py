@@ -70,6 +70,10 @@ class SampleText(L.Callback):
                 "it out, and use checkpoints: kenotron generate CHECKPOINT --prompt ..."
             )
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember where this ``fit`` begins, which was dealt with before."""
+        self._last_step = trainer.global_step
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Sample after every n-th optimizer step."""
         step = trainer.global_step

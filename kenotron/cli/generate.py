@@ -72,6 +72,8 @@ def _model(options: argparse.Namespace, device: torch.device) -> Any:
     def load() -> Any:
         if is_checkpoint(options.checkpoint):
             return from_checkpoint(options.checkpoint, model=options.model, config=options.config, dtype=dtype)
+        if options.model is not None or options.config is not None:
+            raise ValueError(f"--model and --config are for checkpoints, and {options.checkpoint} is none. Leave them out.")
         return from_hf(options.checkpoint, dtype=dtype)
 
     if _world_size() == 1:

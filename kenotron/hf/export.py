@@ -3,12 +3,14 @@
 1. The checkpoint says which model it holds; its configuration gives the tensors of a directory and where in the parameters they
    lie.
 2. Each tensor is read from the shards, of whatever layout, and written: memory stays below the largest one.
-3. Configuration, generation settings and tokenizer are put beside, and the directory is published by one rename.
+3. Configuration, generation settings and tokenizer are there by then, and the directory is published by one rename.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -58,11 +60,11 @@ def export(
     stored = _stored_names(manifest, record, pieces)
     tensors = dict(_tensors(manifest, stored, pieces, dtype))
     with HFWriter(out, max_shard_bytes=max_shard_bytes) as writer:
+        _write_companions(writer.path, record, made, tokenizer, next(iter(tensors.values()))[0])
         writer.plan(tensors)
         for name, group in pieces.items():
             for piece in group:
                 writer.write(piece.name, _read(manifest, stored[name], piece).to(tensors[piece.name][0]))
-        _write_companions(writer.path, record, made, tokenizer, next(iter(tensors.values()))[0])
     return Path(out)
 
 
@@ -154,13 +156,18 @@ def _read(manifest: Manifest, name: str, piece: Piece) -> torch.Tensor:
 
 
 def _write_companions(path: Path, record: ModelRecord, config: Any, tokenizer: PathLike | None, dtype: torch.dtype) -> None:
-    from transformers import AutoTokenizer, GenerationConfig
+    from transformers import AutoTokenizer
 
     config.dtype = dtype
     config.save_pretrained(path)
     if record.generation is not None:
-        GenerationConfig.from_dict(dict(record.generation)).save_pretrained(path)
+        # Not through transformers, which refuses to write some that it has read (a temperature without sampling).
+        text = json.dumps(dict(record.generation), indent=2, sort_keys=True) + "\n"
+        (path / "generation_config.json").write_text(text)
     place = tokenizer if tokenizer is not None else record.source
-    if place is None or (tokenizer is None and not (Path(place) / "tokenizer_config.json").is_file()):
+    if place is None:
+        return
+    if tokenizer is None and not (Path(place) / "tokenizer_config.json").is_file():
+        warnings.warn(f"{place} has no tokenizer (any more), so none is put beside; name one by tokenizer=.", stacklevel=3)
         return
     AutoTokenizer.from_pretrained(place, local_files_only=True).save_pretrained(path)

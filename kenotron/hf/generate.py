@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ def generate(
     """
     check_settings(prompts, max_new_tokens, temperature, top_k, top_p)
     if tokenizer.pad_token is None:
+        tokenizer = copy.copy(tokenizer)  # the caller's stays as it is
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     device = next(model.parameters()).device
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(device)
@@ -48,7 +50,7 @@ def generate(
     how |= {key: x for key, x in {"temperature": temperature, "top_k": top_k, "top_p": top_p}.items() if x is not None}
     if seed is not None:
         torch.manual_seed(seed)
-    was_training = model.training
+    trained = [module for module in model.modules() if module.training]
     model.eval()
     try:
         with torch.no_grad(), _whole_logits(model):
@@ -57,7 +59,8 @@ def generate(
                 do_sample=samples, use_cache=use_cache, pad_token_id=tokenizer.pad_token_id, **how,
             )  # fmt: skip
     finally:
-        model.train(was_training)
+        for module in trained:
+            module.training = True
     new = out[:, batch["input_ids"].shape[1] :]
     texts: list[str] = tokenizer.batch_decode(new, skip_special_tokens=True)
     return texts

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -21,7 +22,10 @@ from kenotron.hf.conversions import transformers_pieces
 from kenotron.hf.directory import HFDirectory
 from kenotron.hf.errors import ModelMismatchError
 from kenotron.hf.names import Piece, decoder_pieces
+from kenotron.models.architecture import FAMILIES, Architecture
 from kenotron.parallel.init import attach
+
+_log = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "kenotron", "transformers"]
 
@@ -52,7 +56,6 @@ def from_hf(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from kenotron.models.architecture import FAMILIES
     from kenotron.models.decoder import Decoder
 
     if implementation not in ("auto", "kenotron", "transformers"):
@@ -61,7 +64,7 @@ def from_hf(
     if config is None:
         directory.config()  # tells what is wrong with it
         config = AutoConfig.from_pretrained(directory.path, local_files_only=True)
-    ours = implementation == "kenotron" or (implementation == "auto" and config.model_type in FAMILIES)
+    ours = implementation == "kenotron" or (implementation == "auto" and _is_covered(config))
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:
@@ -83,6 +86,18 @@ def from_hf(
         model.generation_config = GenerationConfig.from_pretrained(directory.path, local_files_only=True)
     attach(model, _DirectoryWeights(directory, pieces))
     return model
+
+
+def _is_covered(config: Any) -> bool:
+    """Return whether Decoder can be built from a configuration; where it falls back for a setting's sake, say so."""
+    if config.model_type not in FAMILIES:
+        return False
+    try:
+        Architecture.of(config)
+    except ValueError as error:
+        _log.warning("from_hf takes transformers' own %s: %s", config.model_type, error)
+        return False
+    return True
 
 
 class _DirectoryWeights:
@@ -116,6 +131,8 @@ class _DirectoryWeights:
                 target.copy_(self._directory.read(stored.name, ranges))
 
 
+_COMPARED_ELEMENTS = 2**22
+
 #: Tensors that files of old have and no model wants: they follow from the configuration.
 _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
@@ -132,7 +149,24 @@ def check_tensors(directory: HFDirectory, model: nn.Module, pieces: Mapping[str,
         elif stored.shape != shape:
             problems.append(f"{name} has shape {list(stored.shape)}, the configuration wants {list(shape)}")
     tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
+    embedding = next((name for name in wanted if name.endswith("embed_tokens.weight")), None)
+    if tied and embedding is not None and {embedding, "lm_head.weight"} <= directory.tensors.keys():
+        if not _are_equal(directory, embedding, "lm_head.weight"):
+            problems.append(f"lm_head.weight is not {embedding}, to which it should be tied; set tie_word_embeddings=False")
     left = (name for name in directory.tensors if name not in wanted and name not in tied and not name.endswith(_DERIVED))
     problems += [f"{name} is no part of a {type(model).__name__} with this configuration" for name in left]
     if problems:
         raise ModelMismatchError("\n".join([f"{directory.path} does not fit its configuration:", *problems]), tuple(problems))
+
+
+def _are_equal(directory: HFDirectory, one: str, other: str) -> bool:
+    """Compare two tensors of a directory, some rows at a time."""
+    shape = directory.tensors[one].shape
+    if shape != directory.tensors[other].shape:
+        return False
+    step = max(1, _COMPARED_ELEMENTS // max(1, shape[1]))
+    return all(
+        torch.equal(directory.read(one, box), directory.read(other, box))
+        for start in range(0, shape[0], step)
+        for box in [((start, min(start + step, shape[0])), (0, shape[1]))]
+    )

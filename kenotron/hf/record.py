@@ -41,10 +41,17 @@ class ModelRecord:
         """
         from transformers import AutoConfig
 
-        settings = dict(self.config)
+        settings = _with_floats(dict(self.config))
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         config.architectures = [self.architecture]
         return config
+
+
+def _with_floats(node: Any) -> Any:
+    """Return what transformers wrote with the floats that JSON does not have."""
+    if isinstance(node, Mapping):
+        return float(node["__float__"]) if node.keys() == {"__float__"} else {key: _with_floats(x) for key, x in node.items()}
+    return [_with_floats(x) for x in node] if isinstance(node, list) else node
 
 
 def describe_models(root: nn.Module) -> list[dict[str, Any]]:

@@ -82,6 +82,11 @@ class Architecture:
                 f"model_type={config.model_type!r} is not covered by Decoder, which knows {', '.join(FAMILIES)}. The "
                 "transformers model itself can be trained unmodified: AutoModelForCausalLM.from_config(config)."
             )
+        rotary_part = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
+        if rotary_part != 1.0:
+            raise ValueError(
+                f"partial_rotary_factor={rotary_part} is not covered by Decoder, which turns whole heads. Leave it out."
+            )
         layers = config.num_hidden_layers
         common: dict[str, Any] = {
             "vocabulary": config.vocab_size,
@@ -127,8 +132,8 @@ def _qwen3(config: Any) -> dict[str, Any]:
 
 
 def _smollm3(config: Any) -> dict[str, Any]:
-    windows = _by_layer(config) if config.use_sliding_window else _everywhere(config, None)
-    return {**_llama(config), "rotary": tuple(map(bool, config.no_rope_layers[: config.num_hidden_layers])), "windows": windows}
+    rotary = tuple(map(bool, config.no_rope_layers[: config.num_hidden_layers]))
+    return {**_llama(config), "rotary": rotary, "windows": _by_layer(config)}
 
 
 def _starcoder2(config: Any) -> dict[str, Any]:
@@ -189,7 +194,7 @@ def _experts(
 ) -> tuple[MoESettings | None, ...]:
     if not any(is_sparse):
         return (None,) * len(is_sparse)
-    # transformers counts pairs per token, where ours are shares, and takes all layers together.
+    # transformers counts pairs per token, where ours are shares, and balances the mean over layers, where ours balance each.
     coefficient = config.router_aux_loss_coef * config.num_experts_per_tok / sum(is_sparse)
     experts = MoESettings(
         hidden=config.hidden_size,

@@ -7,7 +7,6 @@ fastest that is here.
 
 from __future__ import annotations
 
-import logging
 from typing import Any, cast
 
 import torch
@@ -21,7 +20,6 @@ from kenotron.models.architecture import Architecture
 from kenotron.models.layers import FusedLinear, RMSNorm, rotate
 
 ATTENTIONS = ("auto", "flash_attention_3", "flash_attention_2", "flex_attention", "sdpa", "eager")
-_log = logging.getLogger(__name__)
 
 
 def check_attention(name: str) -> None:

@@ -17,7 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
+from transformers.masking_utils import (
+    create_causal_mask,
+    create_sliding_window_causal_mask,
+    find_packed_sequence_indices,
+    packed_sequence_mask_function,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -27,7 +32,7 @@ from kenotron.models.attention import Attention, check_attention, choose_attenti
 from kenotron.models.experts import Experts
 from kenotron.models.head import Head
 from kenotron.models.layers import MLP, RMSNorm
-from kenotron.models.moe import MoE, Router
+from kenotron.models.moe import Float32Buffers, MoE, Router
 from kenotron.parallel.plan import ParallelPlan
 
 _log = logging.getLogger(__name__)
@@ -68,6 +73,10 @@ def _norm(architecture: Architecture) -> nn.Module:
     return RMSNorm(architecture.hidden, architecture.eps)
 
 
+class RotaryEmbedding(Float32Buffers, LlamaRotaryEmbedding):
+    """The angles of positions, by any of transformers' rotary scalings; frequencies stay float32 when the model is cast."""
+
+
 class _Pretrained(PreTrainedModel):
     """What transformers must know of both models below."""
 
@@ -102,7 +111,7 @@ class DecoderModel(_Pretrained):
         self.embed_tokens = nn.Embedding(a.vocabulary, a.hidden, a.padding)
         self.layers = nn.ModuleList([DecoderLayer(self.config, a, layer) for layer in range(a.num_layers)])
         self.norm = _norm(a)
-        self.rotary_emb = LlamaRotaryEmbedding(cast(Any, self.config))
+        self.rotary_emb = RotaryEmbedding(cast(Any, self.config))
         self.chooses_attention = False
         self.post_init()
 
@@ -124,31 +133,46 @@ class DecoderModel(_Pretrained):
             inputs_embeds = self.embed_tokens(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        has_documents = position_ids is not None and past_key_values is None
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + inputs_embeds.shape[1], device=inputs_embeds.device)[None]
         if self.chooses_attention:
             self._choose_attention(inputs_embeds)
-        masks = self._masks(inputs_embeds, attention_mask, position_ids, past_key_values)
+        documents = None
+        if has_documents and (isinstance(attention_mask, Tensor) or self._is_flash):
+            documents = find_packed_sequence_indices(position_ids.expand(inputs_embeds.shape[:2]))
+        if documents is not None and self._is_flash and "cu_seq_lens_q" not in kwargs:
+            kwargs |= document_lengths(documents, attention_mask)
+        masks = self._masks(inputs_embeds, attention_mask, position_ids, past_key_values, documents)
         x_BSH = F.dropout(inputs_embeds, self.architecture.embedding_dropout, self.training)
         rotation = self.rotary_emb(x_BSH, position_ids=position_ids)
-        states = [x_BSH]
+        states: list[Tensor] = []
         for layer, window in zip(self.layers, self.architecture.windows, strict=True):
+            if output_hidden_states:
+                states.append(x_BSH)
             x_BSH = layer(
                 x_BSH, rotation, masks[window], past_key_values=past_key_values, position_ids=position_ids, use_cache=use_cache,
                 **kwargs,
             )  # fmt: skip
-            states.append(x_BSH)
         x_BSH = self.norm(x_BSH)
-        hidden_states = (*states[:-1], x_BSH) if output_hidden_states else None
+        hidden_states = (*states, x_BSH) if output_hidden_states else None
         return BaseModelOutputWithPast(
             last_hidden_state=x_BSH, past_key_values=past_key_values if use_cache else None, hidden_states=hidden_states
         )
 
+    @property
+    def _is_flash(self) -> bool:
+        return str(self.config._attn_implementation).startswith("flash_attention")
+
     def _masks(
-        self, embeds: Tensor, attention_mask: Any, position_ids: Tensor, past_key_values: Cache | None
+        self, embeds: Tensor, attention_mask: Any, position_ids: Tensor, past_key_values: Cache | None, documents: Tensor | None
     ) -> dict[int | None, Any]:
         """Return the mask of each window, as the kernels want it."""
+        # transformers looks for documents in positions only where there is no mask of padding.
+        apart: dict[str, Any] = {}
+        if documents is not None and not self._is_flash:
+            apart["and_mask_function"] = packed_sequence_mask_function(documents)
         given = attention_mask if isinstance(attention_mask, dict) else {}  # made by `generate` already
         made: dict[int | None, Any] = {}
         for window in set(self.architecture.windows):
@@ -157,7 +181,7 @@ class DecoderModel(_Pretrained):
                 make, kind = create_sliding_window_causal_mask, "sliding_attention"
             made[window] = given[kind] if given else make(
                 config=self.config, inputs_embeds=embeds, attention_mask=attention_mask, past_key_values=past_key_values,
-                position_ids=position_ids,
+                position_ids=position_ids, **apart,
             )  # fmt: skip
         return made
 
@@ -171,6 +195,26 @@ class DecoderModel(_Pretrained):
         dtype = torch.get_autocast_dtype(device) if autocast else embeds.dtype
         self.set_attn_implementation(choose_attention(embeds.device, dtype))
         _log.info("Decoder: attention by %s (%s on %s)", self.config._attn_implementation, dtype, embeds.device)
+
+
+def document_lengths(documents: Tensor, attention_mask: Any) -> dict[str, Any]:
+    """Return how transformers' flash kernels learn of documents: where each begins among all positions of a batch.
+
+    Args:
+        documents: ``[B, S]``, a number for each position, ascending.
+
+    Raises:
+        ValueError: padding beside documents, which these kernels know only one at a time.
+    """
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask with position_ids that begin anew: flash-attn takes padding or packed documents, not both. Leave "
+            "the mask out (padding at the end can be a document of its own), or set attention='sdpa'."
+        )
+    begins = F.pad(documents.diff(dim=1) != 0, (1, 0), value=True).flatten().nonzero().flatten()
+    ends = F.pad(begins, (0, 1), value=documents.numel()).to(torch.int32)
+    longest = int(ends.diff().max())  # read on the host once a call: the kernels' grid depends on it
+    return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
 class Decoder(_Pretrained, GenerationMixin):
@@ -232,7 +276,9 @@ class Decoder(_Pretrained, GenerationMixin):
         """
         has_labels = labels is not None or shift_labels is not None
         if use_cache is None:
-            use_cache = not (has_labels or self.training or position_ids is not None) and self.config.use_cache
+            is_step = past_key_values is not None
+            use_cache = is_step or (not (has_labels or self.training or position_ids is not None) and self.config.use_cache)
+        _refuse(kwargs)
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
@@ -247,6 +293,21 @@ class Decoder(_Pretrained, GenerationMixin):
             logits = self.lm_head(x_BSH[:, keep])
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
+        )
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse: what transformers would write has our names, and nothing else could read it."""
+        raise ValueError("Decoder has no save_pretrained. Write a Hugging Face directory of a checkpoint: kenotron.hf.export.")
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: what transformers would read has other names."""
+        raise ValueError("Decoder has no from_pretrained. Use kenotron.from_hf(path).")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse: the head computes losses, which the one that transformers would make does not."""
+        raise ValueError(
+            "Decoder can't be resized. Set vocab_size in its configuration, or resize transformers' model and export."
         )
 
     def parallel_plan(self) -> ParallelPlan:
@@ -272,3 +333,14 @@ class Decoder(_Pretrained, GenerationMixin):
                 f"{layer}.mlp.experts": "moe_tp_experts",
             }
         return ParallelPlan(tensor=tensor, blocks="model.layers")
+
+
+def _refuse(arguments: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for what transformers' models take and this one would leave out in silence."""
+    for name in ("output_attentions", "output_router_logits"):
+        if arguments.get(name):
+            raise ValueError(
+                f"{name}={arguments[name]!r}: Decoder does not return these. Leave it out, or use transformers' model."
+            )
+    if arguments.pop("return_dict", True) is False:
+        raise ValueError("return_dict=False: Decoder returns objects with names. Leave it out.")

@@ -39,15 +39,15 @@ class Module(L.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=1e-2)
 
 
-def fit(out: str, strategy: dict[str, Any], devices: int = 1, **settings: Any) -> None:
+def fit(out: str, strategy: dict[str, Any], devices: int = 1, accumulate: int = 1, **settings: Any) -> None:
     callback = HFExport(out, every_n_train_steps=2, **settings)
     L.seed_everything(1, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu", devices=devices, strategy=kenotron.KenotronStrategy(**strategy), max_steps=5, logger=False,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, callbacks=[callback],
-        use_distributed_sampler=False,
+        use_distributed_sampler=False, accumulate_grad_batches=accumulate,
     )  # fmt: skip
-    trainer.fit(Module(), torch.utils.data.DataLoader(torch.arange(640).view(20, 32) % 64, batch_size=4))
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.arange(1280).view(40, 32) % 64, batch_size=4))
 
 
 def test_it_exports_steps_and_the_last_one_from_any_layout(tmp_path: Path) -> None:
@@ -72,6 +72,11 @@ def test_it_exports_steps_and_the_last_one_from_any_layout(tmp_path: Path) -> No
 def test_a_failed_export_is_told(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"exporting to .* failed: .*nowhere"):
         fit(str(tmp_path), {}, tokenizer=str(tmp_path / "nowhere"))
+
+
+def test_accumulated_batches_are_no_steps(tmp_path: Path) -> None:
+    fit(str(tmp_path), {}, accumulate=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step=2", "step=4", "step=5"]
 
 
 def test_what_is_there_is_left(tmp_path: Path) -> None:

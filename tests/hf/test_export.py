@@ -153,6 +153,27 @@ def test_other_dtypes_and_a_checkpoint_that_notes_nothing(pool, tmp_path):
         export(tmp_path / "ckpt", tmp_path / "half")
 
 
+def test_what_json_lacks_and_transformers_refuses_to_write_is_kept(tmp_path):
+    from transformers import GenerationConfig, LlamaConfig, Mamba2Config
+
+    from kenotron.hf.record import ModelRecord
+
+    config = json.loads(Mamba2Config(num_hidden_layers=1).to_json_string(use_diff=False))
+    record = ModelRecord(name="", implementation="transformers", architecture="Mamba2ForCausalLM", config=config)
+    assert list(record.make_config().time_step_limit) == [0.0, float("inf")]
+
+    from kenotron.checkpoint import LocalTensor, save
+    from kenotron.hf.record import describe_models
+    from kenotron.models import Decoder
+
+    model = Decoder(LlamaConfig(vocab_size=16, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+    model.generation_config = GenerationConfig(temperature=0.9, top_p=0.6)
+    tensors = [LocalTensor.whole(f"model/{name}", value, owners=(0,)) for name, value in model.state_dict().items()]
+    save(tmp_path / "ckpt", tensors, {"models": describe_models(model)}, rank=0, world_size=1, save_id="a")
+    export(tmp_path / "ckpt", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "generation_config.json").read_text())["temperature"] == 0.9
+
+
 def test_the_command_line_exports_and_says_what_it_wrote(pool, tmp_path, capsys):
     from kenotron.cli import main
 

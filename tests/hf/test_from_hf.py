@@ -121,6 +121,22 @@ def test_a_truncated_file_and_an_architecture_without_cover_are_told(tmp_path):
         from_hf(tmp_path / "b", implementation="hf")  # type: ignore[arg-type]
 
 
+def test_a_setting_without_cover_falls_back_to_transformers_own(tmp_path, caplog):
+    saved(tmp_path, hidden_act="tanh")
+    assert type(from_hf(tmp_path)).__name__ == "LlamaForCausalLM"
+    assert "takes transformers' own llama: activation='tanh' is not known" in caplog.text
+    with pytest.raises(ValueError, match="activation='tanh'"):
+        from_hf(tmp_path, implementation="kenotron")
+
+
+def test_a_head_that_differs_from_what_it_is_tied_to_is_told(tmp_path):
+    theirs = saved(tmp_path)
+    theirs.config.tie_word_embeddings = True
+    theirs.config.save_pretrained(tmp_path)
+    with pytest.raises(ModelMismatchError, match=r"lm_head\.weight is not model\.embed_tokens\.weight.*tie_word_embeddings"):
+        from_hf(tmp_path)
+
+
 def test_what_old_directories_hold_besides_is_left_alone(tmp_path):
     theirs = saved(tmp_path / "a", tie_word_embeddings=True)
     tensors = {name: tensor.contiguous() for name, tensor in on_disk(theirs).items()}

@@ -51,6 +51,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             "mlp_bias": True,
         },
     ),
+    "smollm3, windows by layer": (
+        "smollm3",
+        {"layer_types": ["sliding_attention", "full_attention", "sliding_attention"], "sliding_window": 5},
+    ),
     "starcoder2": ("starcoder2", {}),
     "starcoder2, window, no biases, untied": (
         "starcoder2",

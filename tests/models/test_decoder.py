@@ -6,9 +6,10 @@ import pytest
 import torch
 from decoder_families import FAMILIES, ROPES, configuration, gradients_on_disk, on_disk, pair
 from torch.nn.functional import cross_entropy
-from transformers import AutoConfig
+from transformers import AutoConfig, DynamicCache
 
 from kenotron.models import Decoder
+from kenotron.models.decoder import document_lengths
 
 
 def tokens(*shape: int, vocabulary: int = 96) -> torch.Tensor:
@@ -57,6 +58,64 @@ def test_padding_and_packed_documents_are_seen_as_by_transformers(family):
     assert (theirs(ids, position_ids=positions, use_cache=False).logits - packed).abs().max() <= 1e-5
     alone = torch.cat([ours(ids[:, :7]).logits, ours(ids[:, 7:]).logits], 1)
     assert (packed - alone).abs().max() <= 1e-5
+
+
+def test_documents_stay_apart_beside_a_mask_of_padding():
+    _, ours = pair(configuration("llama"))
+    ids = tokens(2, 20)
+    positions = torch.cat([torch.arange(7), torch.arange(13)]).expand(2, -1)
+    mask = torch.ones_like(ids)
+    mask[1, 16:] = 0
+    packed = ours(ids, position_ids=positions).logits
+    masked = ours(ids, position_ids=positions, attention_mask=mask).logits
+    assert (packed - masked)[mask.bool()].abs().max() <= 1e-6
+
+
+def test_flash_kernels_are_told_where_documents_begin():
+    documents = torch.tensor([[0, 0, 1, 1, 1], [0, 1, 1, 1, 2]])
+    lengths = document_lengths(documents, None)
+    assert lengths["cu_seq_lens_q"].tolist() == [0, 2, 5, 6, 9, 10]
+    assert lengths["cu_seq_lens_k"].dtype == torch.int32
+    assert lengths["max_length_q"] == lengths["max_length_k"] == 3
+    with pytest.raises(ValueError, match="padding or packed documents, not both"):
+        document_lengths(documents, torch.ones(2, 5))
+
+
+def test_a_cache_that_is_given_is_given_back():
+    _, ours = pair(configuration("llama"))
+    ids = tokens(1, 9)
+    whole = ours.eval()(ids).logits
+    cache = ours(
+        ids[:, :4], position_ids=torch.arange(4)[None], past_key_values=DynamicCache(config=ours.config)
+    ).past_key_values
+    rest = ours(ids[:, 4:], position_ids=torch.arange(4, 9)[None], past_key_values=cache)
+    assert rest.past_key_values is cache
+    assert (rest.logits - whole[:, 4:]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_cast_model_keeps_its_frequencies_and_is_as_exact_as_transformers(dtype):
+    theirs, ours = pair(configuration("qwen3, biases, some windows"))
+    ids = tokens(2, 20)
+    exact, frequencies = theirs(ids).logits, ours.model.rotary_emb.inv_freq.clone()
+    theirs.to(dtype)
+    theirs.model.rotary_emb.inv_freq = frequencies
+    ours.to(dtype)
+    assert torch.equal(ours.model.rotary_emb.inv_freq, frequencies)
+    errors = [(model(ids).logits.float() - exact).norm() for model in (ours, theirs)]
+    assert errors[0] <= 1.2 * errors[1]
+
+
+def test_under_autocast_it_is_as_exact_as_transformers():
+    theirs, ours = pair(configuration("qwen3_moe"))
+    ids = tokens(2, 20)
+    exact = theirs(ids).logits
+    with torch.autocast("cpu", torch.bfloat16):
+        errors = [(model(ids).logits.float() - exact).norm() for model in (ours, theirs)]
+        loss = ours(ids, labels=ids).loss
+    loss.backward()
+    assert errors[0] <= 1.2 * errors[1]
+    assert all(param.grad.dtype == torch.float32 for param in ours.parameters())
 
 
 @pytest.mark.parametrize("family", ["llama, biases, tied", "qwen2, some windows", "mixtral, window", "olmo2", "smollm3"])
@@ -144,6 +203,19 @@ def test_what_is_not_covered_is_refused_by_name():
         Decoder(configuration("llama"), attention="flash")
     with pytest.raises(ValueError, match="z_loss=-1"):
         Decoder(configuration("llama"), z_loss=-1.0)
+    rope = {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    with pytest.raises(ValueError, match=r"partial_rotary_factor=0\.5"):
+        Decoder(configuration("llama", rope_parameters=rope))
+    model = Decoder(configuration("llama"))
+    for call, hint in [
+        (lambda: model(tokens(1, 4), output_attentions=True), "output_attentions=True"),
+        (lambda: model(tokens(1, 4), return_dict=False), "return_dict=False"),
+        (lambda: model.save_pretrained("x"), r"kenotron\.hf\.export"),
+        (lambda: Decoder.from_pretrained("x"), "from_hf"),
+        (lambda: model.resize_token_embeddings(7), "vocab_size"),
+    ]:
+        with pytest.raises(ValueError, match=hint):
+            call()
     with pytest.raises(ValueError, match="activation='tanh' is not known"):
         Decoder(configuration("llama", hidden_act="tanh"))
     with pytest.raises(ValueError, match=r"num_attention_heads=4 with num_key_value_heads=3"):
