@@ -25,7 +25,12 @@ def make_directories(path: Path) -> None:
 
 def fsync_directory(path: Path) -> None:
     """Make the names in a directory durable: fsync of a file says nothing about its name."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    fsync(path, os.O_DIRECTORY)
+
+
+def fsync(path: Path, flags: int = 0) -> None:
+    """Make durable what was written to a file."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(descriptor)
     finally:

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from kenotron.checkpoint import LocalTensor, SyncShardWriter, read_manifest, save
-from kenotron.checkpoint.durable import fsync_directory, make_directories
-from kenotron.checkpoint.format import bytes_of
+from kenotron.checkpoint.durable import fsync, fsync_directory, make_directories
+from kenotron.checkpoint.format import Piece, bytes_of
 from kenotron.checkpoint.save import remove_tree
 from kenotron.hf.directory import HFDirectory
-from kenotron.hf.export import MODEL_PREFIX, find_record, read_whole
-from kenotron.hf.load import check_tensors
+from kenotron.hf.export import find_record, read_whole
+from kenotron.hf.load import DirectoryWeights, check_tensors
 from kenotron.hf.names import decoder_pieces
 from kenotron.hf.nanotron import (
     NanotronCheckpoint,
@@ -33,7 +33,7 @@ from kenotron.hf.nanotron import (
     write_companions,
     write_parameter,
 )
-from kenotron.hf.record import ModelRecord, causal_lm_of
+from kenotron.hf.record import ModelRecord
 
 PathLike = str | os.PathLike[str]
 Parameters = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
@@ -54,21 +54,22 @@ def hf_to_kenotron(path: PathLike, out: PathLike, *, name: str = "model") -> Pat
     directory = HFDirectory(path)
     directory.config()
     config = AutoConfig.from_pretrained(directory.path, local_files_only=True)
-    pieces = decoder_pieces(config)
-    check_tensors(directory, _empty(config), pieces)
+    pieces, model = decoder_pieces(config), _empty(config)
+    check_tensors(directory, model, pieces)
     generation = directory.path / "generation_config.json"
     settings = json.loads(generation.read_text()) if generation.is_file() else None
-    record = _record(config, name, settings, str(Path(path).resolve()))
+    record = ModelRecord.of(config, name, "kenotron", generation=settings, source=str(Path(path).resolve()))
+    weights = DirectoryWeights(directory, pieces)
+    parameters = {
+        key: (directory.tensors[pieces[key][0].name].dtype, tuple(param.shape)) for key, param in model.named_parameters()
+    }
 
-    def make(parameter: str) -> Tensor:
-        whole = torch.empty(parameters[parameter][1], dtype=parameters[parameter][0])
-        for piece in pieces[parameter]:
-            place = whole[tuple(slice(*span) for span in piece.box)]
-            directory.read(piece.name, out=place.flatten(0, piece.front) if piece.front else place)
+    def make(key: str) -> Tensor:
+        dtype, shape = parameters[key]
+        whole, zeros = torch.empty(shape, dtype=dtype), (0,) * len(shape)
+        weights.read(key, Piece(local=zeros, offset=zeros, shape=shape), whole)
         return whole
 
-    shapes = {key: tuple(p.shape) for key, p in _empty(config).named_parameters()}
-    parameters = {key: (directory.tensors[group[0].name].dtype, shapes[key]) for key, group in pieces.items()}
     return _write_checkpoint(out, record, parameters, make)
 
 
@@ -97,7 +98,7 @@ def nanotron_to_kenotron(path: PathLike, out: PathLike, *, name: str = "model") 
         return neighbours_to_halves(whole, *_heads(config)) if source.is_interleaved and ".qkv_proj." in key else whole
 
     parameters = {key: (source.parameters[other].dtype, source.parameters[other].shape) for key, other in theirs.items()}
-    return _write_checkpoint(out, _record(config, name, None, None), parameters, make)
+    return _write_checkpoint(out, ModelRecord.of(config, name, "kenotron"), parameters, make)
 
 
 def kenotron_to_nanotron(
@@ -125,12 +126,11 @@ def kenotron_to_nanotron(
         )
     config = record.make_config()
     theirs = config_to_nanotron(config, rope_interleaved=rope_interleaved)
-    prefix = f"{MODEL_PREFIX}{record.name}." if record.name else MODEL_PREFIX
     made = out.with_name(f".{out.name}.partial-{uuid.uuid4().hex[:12]}")
     make_directories(made)
     try:
         for key, group in decoder_pieces(config).items():
-            whole = read_whole(manifest, prefix + key)
+            whole = read_whole(manifest, record.prefix + key)
             if rope_interleaved and ".qkv_proj." in key:
                 whole = halves_to_neighbours(whole, *_heads(config))
             parts = [piece.box[0][1] - piece.box[0][0] for piece in group]
@@ -138,7 +138,7 @@ def kenotron_to_nanotron(
         write_companions(made, theirs, tp)
         for folder, _, files in os.walk(made):
             for file in files:
-                _fsync(Path(folder) / file)
+                fsync(Path(folder) / file)
             fsync_directory(Path(folder))
         made.rename(out)
         fsync_directory(out.parent)
@@ -146,11 +146,6 @@ def kenotron_to_nanotron(
         if made.exists():
             remove_tree(made)
     return out
-
-
-def _fsync(file: Path) -> None:
-    with file.open("rb") as opened:
-        os.fsync(opened.fileno())
 
 
 def _heads(config: Any) -> tuple[int, int]:
@@ -166,30 +161,19 @@ def _empty(config: Any) -> Any:
         return Decoder(config)
 
 
-def _record(config: Any, name: str, generation: Mapping[str, Any] | None, source: str | None) -> ModelRecord:
-    return ModelRecord(
-        name=name,
-        implementation="kenotron",
-        architecture=causal_lm_of(config.model_type),
-        config=json.loads(config.to_json_string(use_diff=False)),
-        generation=generation,
-        source=source,
-    )
-
-
 def _write_checkpoint(out: PathLike, record: ModelRecord, parameters: Parameters, make: Callable[[str], Tensor]) -> Path:
     """Write a checkpoint of weights alone."""
     if Path(out).exists():
         raise ValueError(f"{out} exists; choose another path, or remove it first")
-    prefix = f"{MODEL_PREFIX}{record.name}." if record.name else MODEL_PREFIX
     # Stand-ins: one element each, seen as often as the parameter has elements.
     tensors = [
-        LocalTensor.whole(prefix + key, torch.empty((), dtype=dtype).expand(shape))
+        LocalTensor.whole(record.prefix + key, torch.empty((), dtype=dtype).expand(shape))
         for key, (dtype, shape) in parameters.items()
     ]
-    tied = {f"{prefix}lm_head.weight": f"{prefix}model.embed_tokens.weight"} if "lm_head.weight" not in parameters else {}
+    head, embedding = (record.prefix + key for key in ("lm_head.weight", "model.embed_tokens.weight"))
+    tied = {} if "lm_head.weight" in parameters else {head: embedding}
     state: dict[str, Any] = {"lightning": {}, "extra_state": {}, "optimizers": None, "layout": None, "models": [vars(record)]}
-    writer = _Made(lambda key: make(key.removeprefix(prefix)))
+    writer = _Made(lambda key: make(key.removeprefix(record.prefix)))
     save(out, tensors, state, rank=0, world_size=1, save_id=uuid.uuid4().hex, writer=writer, aliases=tied)
     return Path(out)
 

@@ -22,10 +22,9 @@ from kenotron.checkpoint import LocalTensor, Manifest, load_into, load_state, re
 from kenotron.checkpoint.format import Piece as LocalPiece
 from kenotron.hf.conversions import transformers_pieces
 from kenotron.hf.names import Piece, decoder_pieces
-from kenotron.hf.record import ModelRecord, record_of_directory
+from kenotron.hf.record import MODEL_PREFIX, ModelRecord, record_of_directory
 from kenotron.hf.writer import HFWriter
 
-MODEL_PREFIX = "model/"  #: of parameters and buffers, in the names of a checkpoint's tensors
 PathLike = str | os.PathLike[str]
 
 
@@ -118,8 +117,7 @@ def pieces_of_record(record: ModelRecord, config: Any) -> dict[str, tuple[Piece,
 
 def _stored_names(manifest: Manifest, record: ModelRecord, pieces: Mapping[str, Sequence[Piece]]) -> dict[str, str]:
     """Return under which name the checkpoint has each parameter."""
-    prefix = f"{MODEL_PREFIX}{record.name}." if record.name else MODEL_PREFIX
-    stored = {name: manifest.aliases.get(prefix + name, prefix + name) for name in pieces}
+    stored = {name: manifest.aliases.get(record.prefix + name, record.prefix + name) for name in pieces}
     missing = [name for name, full in stored.items() if full not in manifest.tensors]
     if missing:
         raise ValueError(

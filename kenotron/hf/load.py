@@ -23,7 +23,7 @@ from kenotron.hf.directory import HFDirectory
 from kenotron.hf.errors import ModelMismatchError
 from kenotron.hf.names import Piece, decoder_pieces
 from kenotron.models.architecture import FAMILIES, Architecture
-from kenotron.parallel.init import attach
+from kenotron.parallel.init import attach, meta_device
 
 _log = logging.getLogger(__name__)
 
@@ -65,17 +65,12 @@ def from_hf(
         directory.config()  # tells what is wrong with it
         config = AutoConfig.from_pretrained(directory.path, local_files_only=True)
     ours = implementation == "kenotron" or (implementation == "auto" and _is_covered(config))
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        with torch.device("meta"):
-            model: Any
-            if ours:
-                model = Decoder(config, **settings)
-            else:
-                model = AutoModelForCausalLM.from_config(config, dtype=dtype or before, **settings)
-    finally:
-        torch.set_default_dtype(before)
+    model: Any
+    with meta_device(dtype):
+        if ours:
+            model = Decoder(config, **settings)
+        else:
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), **settings)
     pieces = (
         decoder_pieces(config)
         if ours
@@ -84,7 +79,7 @@ def from_hf(
     check_tensors(directory, model, pieces)
     if (directory.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory.path, local_files_only=True)
-    attach(model, _DirectoryWeights(directory, pieces))
+    attach(model, DirectoryWeights(directory, pieces))
     return model
 
 
@@ -100,7 +95,7 @@ def _is_covered(config: Any) -> bool:
     return True
 
 
-class _DirectoryWeights:
+class DirectoryWeights:
     """The parameters of a model, in a directory's tensors."""
 
     def __init__(self, directory: HFDirectory, pieces: Mapping[str, Sequence[Piece]]) -> None:

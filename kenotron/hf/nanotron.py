@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -131,7 +131,7 @@ class NanotronCheckpoint:
         for name, files in found.items():
             try:
                 yield name, _parameter(files)
-            except Exception as error:
+            except (SafetensorError, OSError, ValueError, KeyError) as error:
                 problems.append(f"{name}: {error}")
         if problems:
             raise ValueError("\n".join([f"{self.path} can't be read:", *problems]))
@@ -143,7 +143,7 @@ def _parameter(files: Sequence[Path]) -> _Parameter:
         with safe_open(path, "pt") as file:
             data, metadata = file.get_slice("data"), file.metadata() or {}
             local_shape = tuple(data.get_shape())
-            dtypes.add(file.get_slice("data")[(slice(0, 0),) * len(local_shape)].dtype)
+            dtypes.add(data[(slice(0, 0),) * len(local_shape)].dtype)
         if "local_global_slices_pairs" not in metadata:
             shapes.add(local_shape)
             whole = Box((0,) * len(local_shape), local_shape)

@@ -13,6 +13,8 @@ from torch import nn
 
 from kenotron.parallel.plan import transformers_models
 
+MODEL_PREFIX = "model/"  #: of parameters and buffers, in the names of a checkpoint's tensors
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRecord:
@@ -32,6 +34,31 @@ class ModelRecord:
     config: Mapping[str, Any]
     generation: Mapping[str, Any] | None = None
     source: str | None = None
+
+    @staticmethod
+    def of(
+        config: Any,
+        name: str,
+        implementation: str,
+        *,
+        architecture: str | None = None,
+        generation: Mapping[str, Any] | None = None,
+        source: str | None = None,
+    ) -> ModelRecord:
+        """Return the record of a model with a configuration of transformers; ``architecture``: if it is no causal LM."""
+        return ModelRecord(
+            name=name,
+            implementation=implementation,
+            architecture=causal_lm_of(config.model_type) if architecture is None else architecture,
+            config=json.loads(config.to_json_string(use_diff=False)),
+            generation=generation,
+            source=source,
+        )
+
+    @property
+    def prefix(self) -> str:
+        """What stands before the names of its parameters in the names of a checkpoint's tensors."""
+        return f"{MODEL_PREFIX}{self.name}." if self.name else MODEL_PREFIX
 
     def make_config(self) -> Any:
         """Return the configuration as an object of transformers.
@@ -73,11 +100,11 @@ def _describe(name: str, model: Any) -> ModelRecord:
 
     ours = isinstance(model, Decoder)
     generation, source = getattr(model, "generation_config", None), model.config._name_or_path
-    return ModelRecord(
-        name=name,
-        implementation="kenotron" if ours else "transformers",
-        architecture=causal_lm_of(model.config.model_type) if ours else _class_of(model).__name__,
-        config=json.loads(model.config.to_json_string(use_diff=False)),
+    return ModelRecord.of(
+        model.config,
+        name,
+        "kenotron" if ours else "transformers",
+        architecture=None if ours else _class_of(model).__name__,
         generation=None if generation is None else json.loads(generation.to_json_string()),
         source=os.path.abspath(source) if source and os.path.isdir(source) else None,
     )
@@ -101,11 +128,4 @@ def record_of_directory(path: str | os.PathLike[str], name: str, implementation:
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(path, local_files_only=True)
-    settings = json.loads(config.to_json_string(use_diff=False))
-    return ModelRecord(
-        name=name,
-        implementation=implementation,
-        architecture=causal_lm_of(config.model_type),
-        config=settings,
-        source=str(path),
-    )
+    return ModelRecord.of(config, name, implementation, source=str(path))

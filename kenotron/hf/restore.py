@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kenotron.checkpoint import LocalTensor, Manifest, load_into, read_manifest
 from kenotron.checkpoint.format import Piece
-from kenotron.hf.export import MODEL_PREFIX, find_record
+from kenotron.hf.export import find_record
 from kenotron.hf.record import ModelRecord
-from kenotron.parallel.init import attach
+from kenotron.parallel.init import attach, meta_device
 
 
 def from_checkpoint(
@@ -53,14 +53,9 @@ def build(record: ModelRecord, dtype: torch.dtype | None) -> Any:
 
     from kenotron.models.decoder import Decoder
 
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype or before)
-    try:
-        with torch.device("meta"):
-            kind: Any = Decoder if record.implementation == "kenotron" else getattr(transformers, record.architecture)
-            model = kind(record.make_config())
-    finally:
-        torch.set_default_dtype(before)
+    with meta_device(dtype):
+        kind: Any = Decoder if record.implementation == "kenotron" else getattr(transformers, record.architecture)
+        model = kind(record.make_config())
     if record.generation is not None:
         model.generation_config = GenerationConfig.from_dict(dict(record.generation))
     return model
@@ -71,7 +66,7 @@ class _CheckpointWeights:
 
     def __init__(self, manifest: Manifest, record: ModelRecord) -> None:
         self._manifest = manifest
-        self._prefix = f"{MODEL_PREFIX}{record.name}." if record.name else MODEL_PREFIX
+        self._prefix = record.prefix
 
     def _full(self, name: str) -> str:
         full = self._prefix + name

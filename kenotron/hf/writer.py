@@ -26,7 +26,7 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from kenotron.checkpoint.boxes import Box, find_flaw
-from kenotron.checkpoint.durable import fsync_directory, make_directories, reserve, write_durably
+from kenotron.checkpoint.durable import fsync, fsync_directory, make_directories, reserve, write_durably
 from kenotron.checkpoint.format import ShardEntry, ShardLayout, bytes_of, check_is_plain, dtype_name, lay_out
 from kenotron.checkpoint.save import remove_tree
 from kenotron.hf.directory import INDEX
@@ -214,7 +214,7 @@ class HFWriter:
             write_durably(self.path / INDEX, self._index)
         for folder, _, files in os.walk(self.path):
             for file in files:
-                _fsync(Path(folder, file))
+                fsync(Path(folder, file))
             fsync_directory(Path(folder))
         _check_is_free(self.out)
         os.rename(self.path, self.out)
@@ -243,11 +243,3 @@ def _flaw(name: str, planned: _Planned) -> str | None:
         return None
     index, count = flaw
     return f"{name}: of the shape {list(planned.shape)} the element {list(index)} was written {count} times"
-
-
-def _fsync(file: Path) -> None:
-    descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -51,6 +51,18 @@ def deferring() -> Iterator[None]:
         _is_deferring.reset(token)
 
 
+@contextlib.contextmanager
+def meta_device(dtype: torch.dtype | None) -> Iterator[None]:
+    """Build modules without data, with parameters of ``dtype`` (``None``: torch's default)."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype or before)
+    try:
+        with torch.device("meta"):
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def attach(model: nn.Module, weights: StoredWeights) -> None:
     """Give a model on the meta device its weights: at once, or when it has been cut, where that is about to come."""
     model.__dict__[_STORED] = weights
