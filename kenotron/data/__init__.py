@@ -1,0 +1,1 @@
+"""Training data: tokenised corpora, and exactly resumable streams of samples from them."""
