@@ -53,9 +53,9 @@ def model(architecture: str, **settings: Any) -> dict[str, Any]:
     return {"architecture": architecture, **settings}
 
 
-def decoder(architecture: str, **settings: Any) -> dict[str, Any]:
+def own(architecture: str, **settings: Any) -> dict[str, Any]:
     """Kénotron's own model."""
-    return model(architecture, decoder=True, **settings)
+    return model(architecture, own=True, **settings)
 
 
 CLIP = {"gradient_clip_val": 0.5}
@@ -148,20 +148,33 @@ CASES = [
     Case("cp 2 × pp 2, ulysses, packed documents", 4, {"cp": 2, "pp": 2, "context": "ulysses"}, PACKED, slow=True),
     Case("HSDP 2 × cp 2, ring, zero 3", 4, {"cp": 2, "dp_replicate": 2, "zero_stage": 3}, trainer=CLIP, slow=True),
     Case("dp 2 × cp 2 × tp 2 × pp 2, ep 2: five axes", 16, {"cp": 2, "tp": 2, "pp": 2, "ep": 2}, model("mixtral"), CLIP),
-    Case("decoder: dp 2, zero 3, llama", 2, {"zero_stage": 3}, decoder("llama-tied", late=True), CLIP),
-    Case("decoder: tp 2, SP, olmo2", 2, {"tp": 2, "sequence_parallel": True}, decoder("olmo2")),
-    Case("decoder: tp 2 × pp 2, starcoder2, tied", 4, {"tp": 2, "pp": 2}, decoder("starcoder2"), CLIP, slow=True),
+    Case("decoder: dp 2, zero 3, llama", 2, {"zero_stage": 3}, own("llama-tied", late=True), CLIP),
+    Case("decoder: tp 2, SP, olmo2", 2, {"tp": 2, "sequence_parallel": True}, own("olmo2")),
+    Case("decoder: tp 2 × pp 2, starcoder2, tied", 4, {"tp": 2, "pp": 2}, own("starcoder2"), CLIP, slow=True),
     Case("decoder: tp 2 × pp 2, SP, qwen3, interleaved", 4,
          {"tp": 2, "pp": 2, "sequence_parallel": True, "schedule": "interleaved_1f1b", "virtual_stages": 2},
-         decoder("qwen3", late=True)),
-    Case("decoder: cp 2 × tp 2, ring, packed documents", 4, {"cp": 2, "tp": 2}, decoder("qwen3", documents=(5, 1, 7, 3))),
+         own("qwen3", late=True)),
+    Case("decoder: cp 2 × tp 2, ring, packed documents", 4, {"cp": 2, "tp": 2}, own("qwen3", documents=(5, 1, 7, 3))),
     Case("decoder: cp 2 × pp 2, ulysses, llama, biases", 4,
-         {"cp": 2, "pp": 2, "context": "ulysses"}, decoder("llama-bias"), CLIP, slow=True),
-    Case("decoder: ep 2 × tp 2, zero 2, qwen3_moe", 4, {"ep": 2, "tp": 2, "zero_stage": 2}, decoder("qwen3_moe"), CLIP),
+         {"cp": 2, "pp": 2, "context": "ulysses"}, own("llama-bias"), CLIP, slow=True),
+    Case("decoder: ep 2 × tp 2, zero 2, qwen3_moe", 4, {"ep": 2, "tp": 2, "zero_stage": 2}, own("qwen3_moe"), CLIP),
     # Made late, for other weights: with those made early a router has a tie, which rounding decides.
     Case("decoder: cp 2 × ep 2 × pp 2, zero 1, mixtral", 4,
-         {"cp": 2, "ep": 2, "pp": 2}, decoder("mixtral", late=True), CLIP, slow=True),
-    Case("decoder: dp 2 × tp 2 × pp 2, ep 2, mixtral", 8, {"ep": 2, "tp": 2, "pp": 2}, decoder("mixtral", late=True), CLIP),
+         {"cp": 2, "ep": 2, "pp": 2}, own("mixtral", late=True), CLIP, slow=True),
+    Case("decoder: dp 2 × tp 2 × pp 2, ep 2, mixtral", 8, {"ep": 2, "tp": 2, "pp": 2}, own("mixtral", late=True), CLIP),
+    Case("decoder: tp 4 over 2 KV heads, biases, llama", 4, {"tp": 4}, own("llama-bias", num_key_value_heads=2), CLIP),
+    Case("decoder: dp 2 × tp 4 over 2 KV heads, zero 3, qwen3", 8, {"tp": 4, "zero_stage": 3},
+         own("qwen3", num_key_value_heads=2), CLIP, slow=True),
+    Case("mamba: dp 2, zero 3", 2, {"zero_stage": 3}, own("mamba"), CLIP),
+    Case("mamba: tp 2, SP", 2, {"tp": 2, "sequence_parallel": True}, own("mamba"), CLIP),
+    Case("mamba: cp 2 × tp 2, packed documents", 4, {"cp": 2, "tp": 2}, own("mamba", documents=(5, 1, 7, 3)), CLIP),
+    Case("mamba: cp 4, packed documents", 4, {"cp": 4}, own("mamba", documents=(3, 1, 12)), CLIP, slow=True),
+    Case("mamba2: tp 2, SP, 2 groups", 2, {"tp": 2, "sequence_parallel": True}, own("mamba2"), CLIP),
+    Case("mamba2: tp 4 over 2 groups", 4, {"tp": 4}, own("mamba2"), CLIP),
+    Case("mamba2: tp 2 × pp 2 over one group, tied", 4, {"tp": 2, "pp": 2}, own("mamba2-one-group"), CLIP),
+    Case("mamba2: cp 2 × tp 2, zero 2, packed documents", 4, {"cp": 2, "tp": 2, "zero_stage": 2},
+         own("mamba2-one-group", documents=(5, 1, 7, 3)), CLIP),
+    Case("mamba2: cp 2 × pp 2, ring", 4, {"cp": 2, "pp": 2, "context": "ring"}, own("mamba2"), CLIP, slow=True),
     *(
         Case(f"{name}: tp 2 × pp 2{', SP' if sp else ''}", 4, {"tp": 2, "pp": 2, "sequence_parallel": sp}, model(name))
         for name, sp in (

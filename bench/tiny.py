@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from kenotron.models import Decoder, MoE, MoESettings
+from kenotron.models import MoE, MoESettings
+from kenotron.models.own import own_class
 
 VOCABULARY, LENGTH = 256, 16
 
@@ -58,27 +59,32 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
         "attn_implementation": "eager",
     },
     "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 8, "attn_implementation": "eager"},
+    "mamba": {"state_size": 8},
+    "mamba2": {"state_size": 8, "num_heads": 8, "head_dim": 16, "n_groups": 2, "chunk_size": 8},
+    "mamba2-one-group": {
+        "model_type": "mamba2",
+        "state_size": 8,
+        "num_heads": 8,
+        "head_dim": 16,
+        "n_groups": 1,
+        "tie_word_embeddings": True,
+    },
     "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": True},
 }
 
 
 def build(architecture: str, layers: int = 4, **overrides: Any) -> Any:
-    """Return a tiny causal LM of one architecture with random weights; with ``decoder=True`` Kénotron's."""
+    """Return a tiny causal LM of one architecture with random weights; with ``own=True`` Kénotron's."""
     settings = {**ARCHITECTURES[architecture], **overrides}
     attention, own_moe = settings.pop("attn_implementation", "sdpa"), settings.pop("own_moe", False)
-    decoder = settings.pop("decoder", False)
-    config = AutoConfig.for_model(
-        settings.pop("model_type", architecture),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=64,
-        **settings,
-    )
-    if decoder:
-        return Decoder(config)
+    own = settings.pop("own", False)
+    family = settings.pop("model_type", architecture)
+    sizes = {"hidden_size": 64, "num_hidden_layers": layers, "vocab_size": VOCABULARY}
+    if not family.startswith("mamba"):
+        sizes |= {"intermediate_size": 128, "num_attention_heads": 4, "max_position_embeddings": 64}
+    config = AutoConfig.for_model(family, **sizes, **settings)
+    if own:
+        return own_class(config)(config)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     if own_moe:  # what is linear in the tokens: the balancing loss is not, and differs between batches by its nature
         moe = MoESettings(

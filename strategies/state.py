@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -242,11 +243,18 @@ class CheckpointState:
 
     def _place_of(self, name: str, value: Tensor) -> _Place:
         shard = self._done.shards.of(name, value)
-        owners = self._holders_of_same_box(name, shard, isinstance(value, DTensor))
-        return _Place(shard.global_shape, local_pieces(shard, value), tuple(owners))
+        is_sharded = isinstance(value, DTensor)
+        owners = self._holders_of_same_box(name, shard, shard.replicas, is_sharded)
+        pieces = tuple(
+            replace(piece, owners=tuple(self._holders_of_same_box(name, shard, piece.owners, is_sharded)))
+            if piece.owners is not None
+            else piece
+            for piece in local_pieces(shard, value)
+        )
+        return _Place(shard.global_shape, pieces, tuple(owners))
 
-    def _holders_of_same_box(self, name: str, shard: TensorShard, is_sharded: bool) -> list[int]:
-        """Return the ranks that hold the same part of a parameter as this one."""
+    def _holders_of_same_box(self, name: str, shard: TensorShard, tp_ranks: tuple[int, ...], is_sharded: bool) -> list[int]:
+        """Return the ranks that hold the same part of a parameter as this one, given which of the tp axis do."""
         layout, where = self._layout, self._where
         stages = self._done.shards.holders.get(name, (where.pp,))
         shards = [where.dp_shard] if is_sharded else range(layout.dp_shard)
@@ -255,7 +263,7 @@ class CheckpointState:
         if shard.experts is not None:
             mine = layout.ep_rank(where.dp_shard, where.cp)
             pairs = [pair for pair in pairs if layout.ep_rank(*pair) == mine]
-        boxes = itertools.product(stages, range(layout.dp_replicate), pairs, shard.replicas)
+        boxes = itertools.product(stages, range(layout.dp_replicate), pairs, tp_ranks)
         return sorted(layout.rank_at(pp, copy, *pair, tp) for pp, copy, pair, tp in boxes)
 
     def _first_holder(self, name: str) -> int:

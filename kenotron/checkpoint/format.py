@@ -75,11 +75,13 @@ class Piece:
         local: offsets in the local tensor.
         offset: offsets in the global tensor.
         shape: extents, the same in both.
+        owners: the ranks that hold exactly this piece, where these differ within a tensor; ``None``: those of the tensor.
     """
 
     local: tuple[int, ...]
     offset: tuple[int, ...]
     shape: tuple[int, ...]
+    owners: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,7 @@ from kenotron.checkpoint.format import (
     RESERVED_PREFIXES,
     SAVE_ID,
     LocalTensor,
+    Piece,
     ShardEntry,
     ShardLayout,
     box_of,
@@ -322,8 +323,7 @@ class _Part:
         for tensor in (*tensors, *extra):
             dtype_name(tensor.tensor.dtype, tensor.name)  # raises here, not on the worker
             self._described.append((tensor.name, tensor.tensor.dtype, tensor.global_shape))
-            if self._writer_of(tensor) == self._rank:
-                entries += _entries_of(tensor)
+            entries += _entries_of(tensor, (p for p in tensor.pieces if self._writer_of(tensor, p) == self._rank))
         return lay_out(entries, self._metadata)
 
     def write(self, folder: Path, layout: ShardLayout, write: Callable[[Path, ShardLayout], Checksums]) -> dict[str, Any]:
@@ -347,15 +347,16 @@ class _Part:
         sizes = {name: len(data) for name, data in self._pickles.items()}
         return self._states | {"tensors": told, "files": {self.shard: layout.num_bytes} | sizes}
 
-    def _writer_of(self, tensor: LocalTensor) -> int:
+    def _writer_of(self, tensor: LocalTensor, piece: Piece) -> int:
         """Return the owner that writes it: by a rule that all can follow alone. Whose load is least none of them knows."""
-        if len(tensor.owners) == 1:
-            return tensor.owners[0]
-        owners = [owner for owner in sorted(tensor.owners) if owner in self.ranks]
+        holders = tensor.owners if piece.owners is None else piece.owners
+        if len(holders) == 1:
+            return holders[0]
+        owners = [owner for owner in sorted(holders) if owner in self.ranks]
         return owners[zlib.crc32(tensor.name.encode()) % len(owners)]
 
 
-def _entries_of(tensor: LocalTensor) -> list[ShardEntry]:
+def _entries_of(tensor: LocalTensor, pieces: Iterable[Piece]) -> list[ShardEntry]:
     return [
         ShardEntry(
             name=tensor.name,
@@ -366,7 +367,7 @@ def _entries_of(tensor: LocalTensor) -> list[ShardEntry]:
             else box_of(tensor.tensor, Box(piece.local, piece.shape)),
             lazy=tensor.lazy,
         )
-        for piece in tensor.pieces
+        for piece in pieces
         if 0 not in piece.shape
     ]
 

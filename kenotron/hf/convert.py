@@ -21,8 +21,8 @@ from kenotron.checkpoint.format import Piece, bytes_of
 from kenotron.checkpoint.save import remove_tree
 from kenotron.hf.directory import HFDirectory
 from kenotron.hf.export import find_record, read_whole
-from kenotron.hf.load import DirectoryWeights, check_tensors
-from kenotron.hf.names import decoder_pieces
+from kenotron.hf.load import DirectoryWeights, check_tensors, follow_tie
+from kenotron.hf.names import EMBEDDINGS, decoder_pieces, model_pieces
 from kenotron.hf.nanotron import (
     NanotronCheckpoint,
     config_from_nanotron,
@@ -40,21 +40,21 @@ Parameters = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 def hf_to_kenotron(path: PathLike, out: PathLike, *, name: str = "model") -> Path:
-    """Write a checkpoint of the model in a Hugging Face directory, as Decoder.
+    """Write a checkpoint of the model in a Hugging Face directory, as Decoder or Mamba.
 
     Args:
         path: the directory. out: the checkpoint to make.
         name: of the model in the LightningModule that will load it.
 
     Raises:
-        ValueError: an architecture that Decoder does not cover, tensors that do not fit, or ``out`` is there.
+        ValueError: an architecture that neither covers, tensors that do not fit, or ``out`` is there.
     """
     from transformers import AutoConfig
 
     directory = HFDirectory(path)
     directory.config()
     config = AutoConfig.from_pretrained(directory.path, local_files_only=True)
-    pieces, model = decoder_pieces(config), _empty(config)
+    pieces, model = follow_tie(directory, config, model_pieces(config)), _empty(config)
     check_tensors(directory, model, pieces)
     generation = directory.path / "generation_config.json"
     settings = json.loads(generation.read_text()) if generation.is_file() else None
@@ -155,10 +155,10 @@ def _heads(config: Any) -> tuple[int, int]:
 
 
 def _empty(config: Any) -> Any:
-    from kenotron.models.decoder import Decoder
+    from kenotron.models.own import own_class
 
     with torch.device("meta"):
-        return Decoder(config)
+        return own_class(config)(config)
 
 
 def _write_checkpoint(out: PathLike, record: ModelRecord, parameters: Parameters, make: Callable[[str], Tensor]) -> Path:
@@ -170,8 +170,8 @@ def _write_checkpoint(out: PathLike, record: ModelRecord, parameters: Parameters
         LocalTensor.whole(record.prefix + key, torch.empty((), dtype=dtype).expand(shape))
         for key, (dtype, shape) in parameters.items()
     ]
-    head, embedding = (record.prefix + key for key in ("lm_head.weight", "model.embed_tokens.weight"))
-    tied = {} if "lm_head.weight" in parameters else {head: embedding}
+    embedding = next(name for name in EMBEDDINGS if name in parameters)
+    tied = {} if "lm_head.weight" in parameters else {record.prefix + "lm_head.weight": record.prefix + embedding}
     state: dict[str, Any] = {"lightning": {}, "extra_state": {}, "optimizers": None, "layout": None, "models": [vars(record)]}
     writer = _Made(lambda key: make(key.removeprefix(record.prefix)))
     save(out, tensors, state, rank=0, world_size=1, save_id=uuid.uuid4().hex, writer=writer, aliases=tied)

@@ -21,7 +21,7 @@ import torch
 from kenotron.checkpoint import LocalTensor, Manifest, load_into, load_state, read_manifest
 from kenotron.checkpoint.format import Piece as LocalPiece
 from kenotron.hf.conversions import transformers_pieces
-from kenotron.hf.names import Piece, decoder_pieces
+from kenotron.hf.names import EMBEDDINGS, Piece, model_pieces
 from kenotron.hf.record import MODEL_PREFIX, ModelRecord, record_of_directory
 from kenotron.hf.writer import HFWriter
 
@@ -91,15 +91,16 @@ def find_record(manifest: Manifest, model: str | None, config: PathLike | None) 
         given = record_of_directory(config, noted[0].name, noted[0].implementation)
         return replace(given, architecture=noted[0].architecture, generation=noted[0].generation)
     ours = any(name.endswith("self_attn.qkv_proj.weight") for name in manifest.tensors)
-    heads = [name for name in manifest.tensors if name.startswith(MODEL_PREFIX) and name.endswith("embed_tokens.weight")]
-    prefix = heads[0].removeprefix(MODEL_PREFIX).removesuffix("model.embed_tokens.weight").rstrip(".") if heads else ""
+    stored = [name.removeprefix(MODEL_PREFIX) for name in manifest.tensors if name.startswith(MODEL_PREFIX)]
+    prefixes = [name.removesuffix(own).rstrip(".") for name in stored for own in EMBEDDINGS if name.endswith(own)]
+    prefix = prefixes[0] if prefixes else ""
     return record_of_directory(config, prefix if model is None else model, "kenotron" if ours else "transformers")
 
 
 def pieces_of_record(record: ModelRecord, config: Any) -> dict[str, tuple[Piece, ...]]:
     """Return the pieces of each parameter of a model, by its name in the model."""
     if record.implementation == "kenotron":
-        return decoder_pieces(config)
+        return model_pieces(config)
     import transformers
     from transformers.core_model_loading import revert_weight_conversion
 

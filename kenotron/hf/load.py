@@ -21,8 +21,7 @@ from kenotron.checkpoint.format import Piece as LocalPiece
 from kenotron.hf.conversions import transformers_pieces
 from kenotron.hf.directory import HFDirectory
 from kenotron.hf.errors import ModelMismatchError
-from kenotron.hf.names import Piece, decoder_pieces
-from kenotron.models.architecture import FAMILIES, Architecture
+from kenotron.hf.names import EMBEDDINGS, Piece, model_pieces
 from kenotron.parallel.init import attach, meta_device
 
 _log = logging.getLogger(__name__)
@@ -44,11 +43,11 @@ def from_hf(
 
     Args:
         path: a local directory with ``config.json`` and safetensors files.
-        implementation: ``"kenotron"`` for :class:`~kenotron.models.Decoder`, ``"transformers"`` for transformers' own class,
-            ``"auto"`` for the first where it covers the model.
+        implementation: ``"kenotron"`` for :class:`~kenotron.models.Decoder` or :class:`~kenotron.models.Mamba`,
+            ``"transformers"`` for transformers' own class, ``"auto"`` for the first where it covers the model.
         config: in the place of the directory's.
         dtype: of the parameters; ``None``: torch's default, which Lightning's precision plugins set.
-        settings: further arguments of ``Decoder``, or of ``AutoModelForCausalLM.from_config``.
+        settings: further arguments of ``Decoder`` or ``Mamba``, or of ``AutoModelForCausalLM.from_config``.
 
     Raises:
         HFDirectoryError: a ``ValueError``: files that can't be read, or tensors that do not fit the model; all are named.
@@ -56,7 +55,7 @@ def from_hf(
     """
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
-    from kenotron.models.decoder import Decoder
+    from kenotron.models.own import own_class
 
     if implementation not in ("auto", "kenotron", "transformers"):
         raise ValueError(f"implementation={implementation!r}: set 'auto', 'kenotron' or 'transformers'.")
@@ -68,14 +67,14 @@ def from_hf(
     model: Any
     with meta_device(dtype):
         if ours:
-            model = Decoder(config, **settings)
+            model = own_class(config)(config, **settings)
         else:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), **settings)
-    pieces = (
-        decoder_pieces(config)
-        if ours
-        else transformers_pieces(model, {name: at.shape for name, at in directory.tensors.items()})
-    )
+    if ours:
+        pieces = model_pieces(config)
+    else:
+        pieces = transformers_pieces(model, {name: at.shape for name, at in directory.tensors.items()})
+    pieces = follow_tie(directory, config, pieces)
     check_tensors(directory, model, pieces)
     if (directory.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory.path, local_files_only=True)
@@ -84,11 +83,13 @@ def from_hf(
 
 
 def _is_covered(config: Any) -> bool:
-    """Return whether Decoder can be built from a configuration; where it falls back for a setting's sake, say so."""
-    if config.model_type not in FAMILIES:
+    """Return whether ours can be built from a configuration; where another is taken for a setting's sake, say so."""
+    from kenotron.models.own import check_settings, is_own_family
+
+    if not is_own_family(config):
         return False
     try:
-        Architecture.of(config)
+        check_settings(config)
     except ValueError as error:
         _log.warning("from_hf takes transformers' own %s: %s", config.model_type, error)
         return False
@@ -126,6 +127,19 @@ class DirectoryWeights:
                 target.copy_(self._directory.read(stored.name, ranges))
 
 
+_HEAD = "lm_head.weight"
+
+
+def follow_tie(directory: HFDirectory, config: Any, pieces: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[Piece, ...]]:
+    """Return ``pieces`` with the embedding read from the head, where the two are tied and only the head is stored."""
+    found = dict(pieces)
+    if config.tie_word_embeddings and _HEAD in directory.tensors:
+        for name in EMBEDDINGS:
+            if name not in directory.tensors and name in found:
+                found[name] = tuple(piece._replace(name=_HEAD) for piece in found[name])
+    return found
+
+
 _COMPARED_ELEMENTS = 2**22
 
 #: Tensors that files of old have and no model wants: they follow from the configuration.
@@ -143,11 +157,11 @@ def check_tensors(directory: HFDirectory, model: nn.Module, pieces: Mapping[str,
             problems.append(f"{name} of shape {list(shape)} is missing")
         elif stored.shape != shape:
             problems.append(f"{name} has shape {list(stored.shape)}, the configuration wants {list(shape)}")
-    tied = {"lm_head.weight"} if getattr(model.config, "tie_word_embeddings", False) else set()
-    embedding = next((name for name in wanted if name.endswith("embed_tokens.weight")), None)
-    if tied and embedding is not None and {embedding, "lm_head.weight"} <= directory.tensors.keys():
-        if not _are_equal(directory, embedding, "lm_head.weight"):
-            problems.append(f"lm_head.weight is not {embedding}, to which it should be tied; set tie_word_embeddings=False")
+    tied = {_HEAD} if getattr(model.config, "tie_word_embeddings", False) else set()
+    embedding = next((name for name in wanted if name.endswith(("embed_tokens.weight", "embeddings.weight"))), None)
+    if tied and embedding is not None and {embedding, _HEAD} <= directory.tensors.keys():
+        if not _are_equal(directory, embedding, _HEAD):
+            problems.append(f"{_HEAD} is not {embedding}, to which it should be tied; set tie_word_embeddings=False")
     left = (name for name in directory.tensors if name not in wanted and name not in tied and not name.endswith(_DERIVED))
     problems += [f"{name} is no part of a {type(model).__name__} with this configuration" for name in left]
     if problems:

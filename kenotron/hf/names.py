@@ -13,6 +13,9 @@ from typing import Any, NamedTuple
 
 from kenotron.models.architecture import Architecture
 
+#: Names that embeddings have in Kénotron's models.
+EMBEDDINGS = ("model.embed_tokens.weight", "backbone.embeddings.weight")
+
 Box = tuple[tuple[int, int], ...]  #: (start, stop) in each dimension
 
 
@@ -83,6 +86,19 @@ def decoder_pieces(config: Any) -> dict[str, tuple[Piece, ...]]:
     if not a.tied:
         pieces["lm_head.weight"] = _whole("lm_head.weight", a.vocabulary, a.hidden)
     return pieces
+
+
+def model_pieces(config: Any) -> dict[str, tuple[Piece, ...]]:
+    """Return the pieces of each parameter of Kénotron's model for a configuration, :class:`Decoder` or :class:`Mamba`.
+
+    Raises:
+        ValueError: a family or a setting that is not covered.
+    """
+    from kenotron.models.mamba import MIXERS, mamba_shapes
+
+    if config.model_type not in MIXERS:
+        return decoder_pieces(config)
+    return {name: _whole(name, *shape) for name, shape in mamba_shapes(config).items()}
 
 
 def _whole(name: str, *shape: int) -> tuple[Piece, ...]:

@@ -22,7 +22,7 @@ class ModelRecord:
 
     Args:
         name: of the model in the LightningModule; ``""`` for the module itself.
-        implementation: ``"kenotron"`` for Decoder, else ``"transformers"``.
+        implementation: ``"kenotron"`` for Decoder and Mamba, else ``"transformers"``.
         architecture: the class as ``config.json`` names it.
         config, generation: as in ``config.json`` and ``generation_config.json``.
         source: the directory whose weights it began with, if any.
@@ -96,9 +96,9 @@ def describe_models(root: nn.Module) -> list[dict[str, Any]]:
 
 
 def _describe(name: str, model: Any) -> ModelRecord:
-    from kenotron.models.decoder import Decoder
+    from kenotron.models.own import own_class
 
-    ours = isinstance(model, Decoder)
+    ours = isinstance(model, own_class(model.config))
     generation, source = getattr(model, "generation_config", None), model.config._name_or_path
     return ModelRecord.of(
         model.config,

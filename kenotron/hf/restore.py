@@ -51,11 +51,12 @@ def build(record: ModelRecord, dtype: torch.dtype | None) -> Any:
     import transformers
     from transformers import GenerationConfig
 
-    from kenotron.models.decoder import Decoder
+    from kenotron.models.own import own_class
 
     with meta_device(dtype):
-        kind: Any = Decoder if record.implementation == "kenotron" else getattr(transformers, record.architecture)
-        model = kind(record.make_config())
+        config = record.make_config()
+        kind: Any = own_class(config) if record.implementation == "kenotron" else getattr(transformers, record.architecture)
+        model = kind(config)
     if record.generation is not None:
         model.generation_config = GenerationConfig.from_dict(dict(record.generation))
     return model

@@ -1,6 +1,6 @@
 """Kénotron's own models and their parts. They are plain torch; of ranks only the loss knows, whose vocabulary may be split.
 
-``Decoder`` builds on transformers and is imported when it is first used; the parts need torch alone.
+``Decoder`` and ``Mamba`` build on transformers and are imported when they are first used; the parts need torch alone.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from kenotron.models.moe import MoE, MoESettings, Router, balance_loss, set_loss
 
 if TYPE_CHECKING:
     from kenotron.models.decoder import Decoder
+    from kenotron.models.mamba import Mamba
 
 __all__ = [
     "Decoder",
     "Experts",
     "LinearCrossEntropy",
+    "Mamba",
     "MoE",
     "MoESettings",
     "Router",
@@ -31,6 +33,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "Decoder":
-        return importlib.import_module("kenotron.models.decoder").Decoder
+    if name in ("Decoder", "Mamba"):
+        return getattr(importlib.import_module(f"kenotron.models.{name.lower()}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -79,8 +79,9 @@ class Architecture:
         family = FAMILIES.get(config.model_type)
         if family is None:
             raise ValueError(
-                f"model_type={config.model_type!r} is not covered by Decoder, which knows {', '.join(FAMILIES)}. The "
-                "transformers model itself can be trained unmodified: AutoModelForCausalLM.from_config(config)."
+                f"model_type={config.model_type!r} is not covered by Decoder, which knows {', '.join(FAMILIES)}, nor "
+                "by Mamba, which knows mamba, mamba2. The transformers model itself can be trained unmodified: "
+                "AutoModelForCausalLM.from_config(config)."
             )
         rotary_part = (config.rope_parameters or {}).get("partial_rotary_factor", 1.0)
         if rotary_part != 1.0:

@@ -53,12 +53,13 @@ class Attention(nn.Module):
         super().__init__()
         a = architecture
         self.config, self.layer = config, layer
-        self.head_dim, self.groups = a.head_dim, a.num_heads // a.num_kv_heads
+        self.head_dim = a.head_dim
         self.scaling, self.dropout = a.head_dim**-0.5, a.attention_dropout
         self.window, self.is_rotary, self.is_causal = a.windows[layer], a.rotary[layer], True
-        self.num_key_value_groups = self.groups  # by this name transformers' kernels know it
+        self.num_key_value_groups = a.num_heads // a.num_kv_heads  # query heads to a KV head; transformers' kernels read it
         queries, keys = a.num_heads * a.head_dim, a.num_kv_heads * a.head_dim
-        self.qkv_proj = FusedLinear(a.hidden, (queries, keys, keys), bias=a.qkv_bias, unit=a.head_dim)
+        shared = (False, True, True)
+        self.qkv_proj = FusedLinear(a.hidden, (queries, keys, keys), bias=a.qkv_bias, unit=a.head_dim, shared=shared)
         self.o_proj = nn.Linear(queries, a.hidden, bias=a.output_bias)
         self.norms_all = a.qk_norm == "all"
         sizes = (queries, keys) if self.norms_all else (a.head_dim, a.head_dim)
@@ -93,10 +94,10 @@ class Attention(nn.Module):
     def _project(self, x_BSH: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Return queries, keys and values, normed and rotated."""
         qkv = self.qkv_proj(x_BSH)
-        keys = qkv.shape[-1] // (self.groups + 2)  # where tensor parallelism splits heads, those of this rank
+        keys = qkv.shape[-1] // (self.num_key_value_groups + 2)  # where tensor parallelism splits heads, those of this rank
         both, v = qkv.split([qkv.shape[-1] - keys, keys], -1)
         if self.q_norm is not None and self.k_norm is not None:
-            q, k = both.split([self.groups * keys, keys], -1)
+            q, k = both.split([self.num_key_value_groups * keys, keys], -1)
             if not self.norms_all:
                 q, k = (x.unflatten(-1, (-1, self.head_dim)) for x in (q, k))
             parts = [self.q_norm(q), self.k_norm(k)]
@@ -108,5 +109,5 @@ class Attention(nn.Module):
             heads = both.unflatten(-1, (-1, self.head_dim))
             turned_heads = rotate(heads, *rotation) if self.is_rotary else heads
             num_kv = keys // self.head_dim
-            q_BSND, k_BSKD = turned_heads.split([self.groups * num_kv, num_kv], 2)
+            q_BSND, k_BSKD = turned_heads.split([self.num_key_value_groups * num_kv, num_kv], 2)
         return q_BSND, k_BSKD, v.unflatten(-1, (-1, self.head_dim))

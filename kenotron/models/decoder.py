@@ -30,7 +30,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from kenotron.models.architecture import Architecture
 from kenotron.models.attention import Attention, check_attention, choose_attention
 from kenotron.models.experts import Experts
-from kenotron.models.head import Head
+from kenotron.models.head import Head, shifted
 from kenotron.models.layers import MLP, RMSNorm
 from kenotron.models.moe import Float32Buffers, MoE, Router
 from kenotron.parallel.plan import ParallelPlan
@@ -285,9 +285,7 @@ class Decoder(_Pretrained, GenerationMixin):
         )  # fmt: skip
         x_BSH, loss, logits = output.last_hidden_state, None, None
         if has_labels:
-            if shift_labels is None:
-                shift_labels = F.pad(cast(Tensor, labels)[..., 1:], (0, 1), value=-100)
-            loss = self.lm_head(x_BSH, shift_labels, z_loss=self.z_loss, num_items=num_items_in_batch)
+            loss = self.lm_head(x_BSH, shifted(labels, shift_labels), z_loss=self.z_loss, num_items=num_items_in_batch)
         if return_logits or not has_labels:
             keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(x_BSH[:, keep])

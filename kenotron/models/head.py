@@ -37,3 +37,11 @@ class Head(nn.Linear):
         result = linear_cross_entropy(x, self.weight, labels, group=self.group, z_loss=z_loss)
         count = result.num_tokens.clamp(min=1) if num_items is None else torch.as_tensor(num_items, device=x.device)
         return result.loss_sum / count
+
+
+def shifted(labels: Tensor | None, shift_labels: Tensor | None) -> Tensor:
+    """Return labels of the next position, ``[..., S]``: those that are so already, or else ``labels`` moved by one."""
+    if shift_labels is not None:
+        return shift_labels
+    assert labels is not None
+    return F.pad(labels[..., 1:], (0, 1), value=-100)

@@ -25,15 +25,26 @@ class FusedLinear(nn.Linear):
     Args:
         in_features, bias: as for ``nn.Linear``.
         parts: rows of each layer.
-        unit: rows that belong together; tensor parallelism never cuts inside of one (a head).
+        unit: rows that belong together, of each part or of all; tensor parallelism never cuts inside of one (a head).
+        shared: for each part, whether neighbouring ranks may hold the same unit where there are fewer than ranks (KV heads).
 
     Attributes:
-        parts, unit: as given. They describe the whole layer, also where a rank holds some of its rows.
+        parts, units, shared: for each part. They describe the whole layer, also where a rank holds some of its rows.
     """
 
-    def __init__(self, in_features: int, parts: tuple[int, ...], *, bias: bool = False, unit: int = 1) -> None:
+    def __init__(
+        self,
+        in_features: int,
+        parts: tuple[int, ...],
+        *,
+        bias: bool = False,
+        unit: int | tuple[int, ...] = 1,
+        shared: tuple[bool, ...] | None = None,
+    ) -> None:
         super().__init__(in_features, sum(parts), bias=bias)
-        self.parts, self.unit = parts, unit
+        self.parts = parts
+        self.units = (unit,) * len(parts) if isinstance(unit, int) else unit
+        self.shared = (False,) * len(parts) if shared is None else shared
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, parts={self.parts}"

@@ -152,10 +152,10 @@ def parallelize(
         blocks = _blocks(root, plan, request)
         pp_groups = _cut(done, mesh, plan, blocks, request)
         _expert_parallel(done, expert_mesh, list(experts), request)
-        kv_group = _tensor_parallel(done, mesh, plan, blocks, request)
+        kv_groups = _tensor_parallel(done, mesh, plan, blocks, request)
         _context_parallel(done, mesh, request)
         _data_parallel(done, mesh, expert_mesh, blocks, request)
-        done.owed = OwedSums(shards, mesh["tp"].get_group(), kv_group, pp_groups)
+        done.owed = OwedSums(shards, mesh["tp"].get_group(), kv_groups, pp_groups)
     init.materialize(root, shards, aliases, request.seed, request.device)
     _move(root, request.device)
     if experts:
@@ -253,11 +253,11 @@ def _expert_parallel(done: Parallelized, mesh: DeviceMesh | None, names: Sequenc
 
 def _tensor_parallel(
     done: Parallelized, mesh: DeviceMesh, plan: ParallelPlan | None, blocks: str | None, request: Request
-) -> dist.ProcessGroup | None:
-    """Tensor and sequence parallelism. Returns the group of tp ranks that share this rank's KV heads."""
+) -> dict[int, dist.ProcessGroup]:
+    """Tensor and sequence parallelism. Returns the groups of tp ranks that share this rank's KV heads, by their size."""
     tp_size, root = request.layout.tp, done.root
     if tp_size == 1:
-        return None
+        return {}
     if plan is None or not plan.tensor:
         raise ValueError(
             f"tp={tp_size}, but no plan says what becomes of {type(root).__name__}'s modules. transformers models bring one "
@@ -280,7 +280,7 @@ def _tensor_parallel(
     tp.apply(root, styles, itertools.chain.from_iterable(found.split for found in regions.values()))
     tensor.apply_sequence_parallel(root, regions, runs, tp)
     done.shards.use_canonical_names(done.aliases)
-    return _group_of_shared_heads(done.shards, mesh)
+    return _groups_of_shared_heads(done.shards, mesh)
 
 
 def _check_ties(done: Parallelized, styles: dict[str, str]) -> None:
@@ -296,19 +296,17 @@ def _check_ties(done: Parallelized, styles: dict[str, str]) -> None:
             )
 
 
-def _group_of_shared_heads(shards: Shards, mesh: DeviceMesh) -> dist.ProcessGroup | None:
-    """Make the groups of tp ranks that hold the same KV heads; every stage of a model shares them alike."""
+def _groups_of_shared_heads(shards: Shards, mesh: DeviceMesh) -> dict[int, dist.ProcessGroup]:
+    """Make the groups of neighbouring tp ranks that hold the same rows of something, for each number of them."""
     sizes: list[Any] = [None] * dist.get_world_size()
-    mine_size = max((len(shards.by_name[name].replicas) for name in shards.shared_kv), default=1)
-    dist.all_gather_object(sizes, mine_size)
-    sharing = max(sizes)
-    if sharing == 1:
-        return None
-    mine, found = mesh.get_rank(), None
-    for ranks in mesh.mesh.reshape(-1, sharing).tolist():
-        group = dist.new_group(ranks)
-        if mine in ranks:
-            found = group
+    here = {len(ranks) for name in shards.shared_kv for ranks in shards.by_name[name].holders}
+    dist.all_gather_object(sizes, here - {1})
+    mine, found = mesh.get_rank(), {}
+    for sharing in sorted(set().union(*sizes)):
+        for ranks in mesh.mesh.reshape(-1, sharing).tolist():
+            group = dist.new_group(ranks)
+            if mine in ranks:
+                found[sharing] = group
     return found
 
 

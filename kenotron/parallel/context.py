@@ -7,7 +7,7 @@ the outermost transformers model, and what comes out is right for any code aroun
    cut, and cut: in a zig-zag under ``ring``, so that causal work is even, contiguously under ``ulysses``. Masks of padding and
    packed documents become *documents*, a number for each token of the whole sequence, which go along to the attention.
 2. inside: norms, MLPs, experts and the head work on their tokens. Attention runs over all ranks (``ring.py``), put in place
-   through transformers' attention interface.
+   through transformers' attention interface. Kénotron's Mamba, always cut contiguously, passes on states (``states.py``).
 3. out, with ``labels``: they were shifted before they were cut, the loss is the mean over the tokens of all ranks, and the
    logits stay cut. Without labels: logits or hidden states are put together, and the caller computes what it wants from them.
 
@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -28,10 +28,12 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from kenotron.layout import divisors
+from kenotron.models.mixer import Place
 from kenotron.parallel.collectives import gather_from, mean_from
 from kenotron.parallel.logits import VocabParallelLogits
 from kenotron.parallel.plan import transformers_models
 from kenotron.parallel.ring import contiguous_indices, ring_attention, ulysses_attention, zigzag_indices
+from kenotron.parallel.states import Stretches
 
 ContextKind = Literal["ring", "ulysses"]
 KINDS = ("ring", "ulysses")
@@ -81,12 +83,16 @@ class ContextParallel:
 
         AttentionInterface.register(_IMPLEMENTATION, attend)
         AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
+        from kenotron.models.mamba import Mamba
+
         for _, model in models:
-            self._check(model)
-            model.set_attn_implementation(_IMPLEMENTATION)
+            has_attention = not isinstance(model, Mamba)
+            if has_attention:
+                self._check(model)
+                model.set_attn_implementation(_IMPLEMENTATION)
             kind = type(model)
             model.__class__ = type(kind.__name__, (_CutModel, kind), {"__module__": kind.__module__})
-            model.__dict__["_context"] = self
+            model.__dict__["_context"] = self if has_attention else replace(self, kind="ulysses")
 
     @property
     def multiple(self) -> int:
@@ -167,6 +173,18 @@ class Sequences:
 
     axis: ContextParallel
     documents: Tensor | None
+
+    def place(self) -> Place:
+        """Return what a mixer of Mamba must know of this rank's stretch."""
+        axis, documents = self.axis, self.documents
+        if documents is None:
+            return Place(neighbours=Stretches(group=axis.group, rank=axis.rank, documents=None))
+        length = documents.shape[1] // axis.size
+        here = slice(axis.rank * length, (axis.rank + 1) * length)
+        numbers = torch.where(documents < 0, -2 - documents, documents)  # padding belongs to what it stands beside
+        starts = F.pad(numbers.diff(dim=1) != 0, (1, 0), value=False)
+        neighbours = Stretches(group=axis.group, rank=axis.rank, documents=numbers)
+        return Place(documents[:, here] >= 0, starts[:, here], neighbours)
 
 
 class _CutModel:

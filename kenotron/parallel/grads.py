@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kenotron.layout import ParallelLayout
+from kenotron.parallel.pieces import held_rows
 from kenotron.parallel.shards import Shards
 
 
@@ -23,13 +24,19 @@ def local(tensor: Tensor) -> Tensor:
 @torch.no_grad()
 def sum_gradients(params: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
     """Sum the gradients of ``params`` over ``group`` in one collective per dtype; a missing one counts as zero."""
-    for param in params:
-        if param.grad is None:
-            param.grad = torch.zeros_like(param)
+    _sum([local(_gradient(param)) for param in params], group)
+
+
+def _gradient(param: nn.Parameter) -> Tensor:
+    if param.grad is None:
+        param.grad = torch.zeros_like(param)
+    return param.grad
+
+
+def _sum(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
     by_dtype: dict[torch.dtype, list[Tensor]] = defaultdict(list)
-    for param in params:
-        assert param.grad is not None
-        by_dtype[param.grad.dtype].append(local(param.grad))
+    for tensor in tensors:
+        by_dtype[tensor.dtype].append(tensor)
     for grads in by_dtype.values():
         if len(grads) == 1 and grads[0].is_contiguous():
             dist.all_reduce(grads[0], group=group)
@@ -48,7 +55,7 @@ class OwedSums:
 
     Args:
         shards: what this rank holds. tp_group: the tp axis.
-        kv_group: tp ranks that share this rank's KV heads; ``None`` where none are shared.
+        kv_groups: how many tp ranks share a KV head -> those that share this rank's; empty where none are shared.
         pp_groups: pipeline ranks (as in ``shards.holders``) -> their group.
     """
 
@@ -56,14 +63,13 @@ class OwedSums:
         self,
         shards: Shards,
         tp_group: dist.ProcessGroup,
-        kv_group: dist.ProcessGroup | None,
+        kv_groups: Mapping[int, dist.ProcessGroup],
         pp_groups: Mapping[tuple[int, ...], dist.ProcessGroup],
     ) -> None:
         self._by_group: list[tuple[set[str], dist.ProcessGroup]] = []
         if shards.partial and shards.tp > 1:
             self._by_group.append((shards.partial, tp_group))
-        if kv_group is not None and shards.shared_kv:
-            self._by_group.append((shards.shared_kv, kv_group))
+        self._shards, self._kv_groups = shards, kv_groups
         for holders, group in pp_groups.items():
             self._by_group.append(({name for name, who in shards.holders.items() if who == holders}, group))
 
@@ -73,13 +79,24 @@ class OwedSums:
             members = _trained(names, params)
             if members:
                 sum_gradients(members, group)
+        for size, group in self._kv_groups.items():
+            _sum(self._shared_rows(params, size), group)
+
+    def _shared_rows(self, params: Mapping[str, nn.Parameter], size: int) -> Iterator[Tensor]:
+        """Yield the gradients of rows that ``size`` tp ranks hold."""
+        for name in sorted(self._shards.shared_kv & params.keys()):
+            for param in _trained({name}, params):
+                for start, length, ranks in held_rows(self._shards.by_name[name], param):
+                    if len(ranks) == size:
+                        yield local(_gradient(param)).narrow(0, start, length)
 
     def members(self, params: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
-        """Return the parameters whose gradients `pay` sums."""
-        return _trained(set().union(*(names for names, _ in self._by_group)), params)
+        """Return the parameters whose gradients `pay` sums, all of them or some rows."""
+        shared = self._shards.shared_kv if self._kv_groups else set()
+        return _trained(shared.union(*(names for names, _ in self._by_group)), params)
 
     def __bool__(self) -> bool:
-        return bool(self._by_group)
+        return bool(self._by_group or self._kv_groups)
 
 
 def _trained(names: set[str], params: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
@@ -100,12 +117,17 @@ class GradientNorm:
         self._layout = layout
         self._shards = shards
 
-    def copies(self, name: str, param: Tensor) -> int:
-        """Return how many ranks hold the same elements of ``param`` as this one."""
+    def _parts(self, name: str, param: nn.Parameter, grad: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield the parts of a gradient, each with how many ranks hold the same elements."""
         layout, shard = self._layout, self._shards.of(name, param)
         spread = 1 if shard.experts is None else layout.ep
         dp = layout.dp_replicate if isinstance(param, DTensor) else layout.dp_size * layout.cp // spread
-        return dp * len(shard.replicas) * len(self._shards.holders.get(name, (0,)))
+        copies = dp * len(self._shards.holders.get(name, (0,)))
+        if not shard.shared:
+            yield copies * len(shard.replicas), grad
+            return
+        for start, length, ranks in held_rows(shard, param):
+            yield copies * len(ranks), grad.narrow(0, start, length)
 
     @torch.no_grad()
     def __call__(self, params: Mapping[str, nn.Parameter], norm_type: float = 2.0) -> Tensor:
@@ -119,7 +141,8 @@ class GradientNorm:
         for name, param in params.items():
             device = param.device
             if param.grad is not None and param.numel():
-                by_copies[self.copies(name, param)].append(local(param.grad))
+                for copies, part in self._parts(name, param, local(param.grad)):
+                    by_copies[copies].append(part)
         distributed = self._layout.world_size > 1
         if math.isinf(norm_type):
             largest = [g.abs().max().float() for grads in by_copies.values() for g in grads if g.numel()]

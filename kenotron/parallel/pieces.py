@@ -14,12 +14,11 @@ from kenotron.parallel.shards import TensorShard
 
 
 def local_pieces(shard: TensorShard, value: Tensor) -> tuple[Piece, ...]:
-    """Return the boxes of the global tensor that lie in ``value``, which ``shard`` cuts and, where it is a DTensor, ZeRO."""
-    rows = None
-    if isinstance(value, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
-        rows = (offset[0], shape[0])
-    return tuple(pieces_of(shard, rows))
+    """Return the boxes of the global tensor that lie in ``value``, which ``shard`` cuts and, where it is a DTensor, ZeRO.
+
+    Owners of a box, where they differ within ``value``, are tp ranks.
+    """
+    return tuple(pieces_of(shard, _zero_rows(value)))
 
 
 def pieces_of(shard: TensorShard, rows: tuple[int, int] | None) -> Iterator[Piece]:
@@ -46,13 +45,34 @@ def pieces_of(shard: TensorShard, rows: tuple[int, int] | None) -> Iterator[Piec
                 box[shard.dim], where[shard.dim], offset[shard.dim] = length, begin, start
             yield Piece(local=tuple(where), offset=tuple(offset), shape=tuple(box))
         return
+    for segment, low, length, at in _rows(shard, first, count):
+        yield Piece(
+            local=(low, *zeros[1:]),
+            offset=(at, *zeros[1:]),
+            shape=(length, *shape[1:]),
+            owners=shard.shared[segment] if shard.shared else None,
+        )
+
+
+def held_rows(shard: TensorShard, value: Tensor) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Yield ``(start, length, tp ranks that hold them)`` of the local rows of a parameter that is cut along dimension 0."""
+    for segment, low, length, _ in _rows(shard, *(_zero_rows(value) or (0, shard.shape[0]))):
+        yield low, length, shard.holders[segment]
+
+
+def _rows(shard: TensorShard, first: int, count: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield ``(segment, local start, length, global start)`` of segments of dimension 0, within which ZeRO's rows lie."""
     begin = 0
-    for start, length in shard.segments:  # of dimension 0, within which ZeRO's rows lie
+    for segment, (start, length) in enumerate(shard.segments):
         low, high = max(begin, first), min(begin + length, first + count)
         if low < high:
-            yield Piece(
-                local=(low - first, *zeros[1:]),
-                offset=(start + low - begin, *zeros[1:]),
-                shape=(high - low, *shape[1:]),
-            )
+            yield segment, low - first, high - low, start + low - begin
         begin += length
+
+
+def _zero_rows(value: Tensor) -> tuple[int, int] | None:
+    """Return ``(start, length)`` of what ZeRO left here along dimension 0; ``None``: all."""
+    if not isinstance(value, DTensor):
+        return None
+    shape, offset = compute_local_shape_and_global_offset(value.shape, value.device_mesh, value.placements)
+    return (offset[0], shape[0])

@@ -28,7 +28,9 @@ STYLES = {
     "vocab_head": "rows of the head are split over the vocabulary; logits and loss stay split",
     "replicated_with_grad_allreduce": "kept whole but works on split activations: its gradient is summed",
     "moe_tp_experts": "experts whose weights are split: inputs are shared, the output is summed",
-    "split_norm": "an RMSNorm over split features; squares are summed",
+    "split_norm": "a norm over split features; squares are summed",
+    "split_rows": "a module or parameter for split channels: what lies along its first dimension is split, nothing is summed",
+    "rowwise_to_split": "as rowwise, and the output goes to split channels: its gradient is summed",
     "mla_kv_a_proj": "kept whole; the rotary part of its output goes to split heads",
 }
 

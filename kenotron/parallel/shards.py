@@ -17,6 +17,7 @@ class TensorShard:
         dim: the dimension that tensor parallelism cuts; ``None`` if every tp rank holds all of it.
         segments: ``(start, length)`` along ``dim`` of what lies here; several for fused matrices (gate and up).
         replicas: the tp ranks that hold the same segments (all of them for ``dim=None``; those of a shared KV head).
+        shared: the tp ranks that hold each segment, where these differ (fused queries, keys and values); ``dim`` is 0 then.
         experts: ``(start, count)`` along dimension 0 where expert parallelism cuts that one, which ``dim`` then is not.
     """
 
@@ -25,6 +26,12 @@ class TensorShard:
     segments: tuple[tuple[int, int], ...] = ()
     replicas: tuple[int, ...] = (0,)
     experts: tuple[int, int] | None = None
+    shared: tuple[tuple[int, ...], ...] = ()
+
+    @property
+    def holders(self) -> tuple[tuple[int, ...], ...]:
+        """The tp ranks that hold each segment."""
+        return self.shared or (self.replicas,) * len(self.segments)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -54,7 +61,7 @@ class Shards:
         tp: size of the tensor-parallel axis.
         by_name: parameters that tensor or expert parallelism cuts; all others are whole on each of their ranks.
         partial: parameters whose gradient is only this rank's share and is summed over tp before the step.
-        shared_kv: parameters whose gradient is summed over the ranks that share a KV head.
+        shared_kv: parameters with segments that several ranks hold (a KV head), over which their gradients are summed.
         absent: parameters that belong to other pipeline stages, with their shapes; here they are empty.
         holders: pipeline ranks that hold a parameter which several stages use (tied embeddings, loose parameters).
     """

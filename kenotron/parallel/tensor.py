@@ -14,6 +14,8 @@ vocab_embedding          look up own rows                        zero what is no
 vocab_head               share the input                         logits that know they are split (``logits``)
 moe_tp_experts           share hidden states and routing weights sum
 split_norm               sum the squares of what is split        nothing: the output stays split
+split_rows               nothing: the input is split, or shared  nothing: the output stays split
+rowwise_to_split         nothing: the input is split             sum (backward: sum)
 =======================  ======================================  =============================================
 
 With sequence parallelism hidden states are cut along the sequence between a stage's first block and its last one. Norms work
@@ -37,6 +39,7 @@ from torch import Tensor, nn
 from kenotron.layout import divisors
 from kenotron.models.head import Head
 from kenotron.models.layers import FusedLinear, RMSNorm
+from kenotron.models.mixer import CausalConv, GatedNorm
 from kenotron.parallel.collectives import copy_to, gather_from, reduce_from, reduce_scatter_to, scatter_to
 from kenotron.parallel.logits import VocabParallelLogits
 from kenotron.parallel.shards import Shards, TensorShard, canonical
@@ -77,7 +80,10 @@ class TensorParallel:
             parent_name, _, last = name.rpartition(".")
             parent = root.get_submodule(parent_name)
             target = getattr(parent, last)
-            if isinstance(target, nn.Parameter):
+            if isinstance(target, nn.Parameter) and style == "split_rows":
+                segments = self._even(target.shape[0], 1, f"{name}.shape[0]")
+                self._cut_parameter(root, parent, last, parent_name, 0, segments, (self.rank,))
+            elif isinstance(target, nn.Parameter):
                 self._cut_expert_parameter(root, parent, last, name, style)
             else:
                 self._cut_module(root, target, name, style, parent, in_sequence_region=name.startswith(regions))
@@ -97,6 +103,8 @@ class TensorParallel:
             self._cut_embedding(root, module, name)
         elif style == "split_norm":
             self._cut_norm(root, module, name)
+        elif style == "split_rows":
+            self._cut_rows(root, module, name, parent)
         else:
             self._cut_linear(root, module, name, style, parent, in_sequence_region)
 
@@ -110,9 +118,7 @@ class TensorParallel:
             )
         by_rows = style in ("colwise", "colwise_gather_output", "packed_colwise", "vocab_head")
         if by_rows:
-            segments, replicas = self._rows(module, name, style, parent)
-            for key in ("weight", "bias"):
-                self._cut_parameter(root, module, key, name, 0, segments, replicas)
+            self._cut_rows(root, module, name, parent, style)
             if style == "vocab_head":
                 self._split_logits(module)
             elif not in_sequence_region:
@@ -123,6 +129,9 @@ class TensorParallel:
             packs = 2 if style == "packed_rowwise" else 1
             segments = self._even(module.in_features, packs, f"{name}.in_features")
             self._cut_parameter(root, module, "weight", name, 1, segments, (self.rank,))
+            if style == "rowwise_to_split":
+                self._sum_both_ways(module, name)
+                return
             if style == "rowwise_split_input":
                 module.register_forward_pre_hook(lambda m, args: (scatter_to(args[0], -1, self.group), *args[1:]))
             self._sum_output(module, name, in_sequence_region)
@@ -157,18 +166,34 @@ class TensorParallel:
             self.shards.partial.add(f"{name}.bias")
         module.forward = lambda x: (out := total(F.linear(x, module.weight))) + module.bias.to(out.dtype)  # type: ignore[assignment]
 
+    def _sum_both_ways(self, module: nn.Linear, name: str) -> None:
+        """Sum a row-wise linear's output over tp, for split channels to use: each finds a share of its gradient."""
+        if module._parameters["bias"] is not None:
+            raise ValueError(f"plan[{name!r}] = 'rowwise_to_split' applies to an nn.Linear without a bias.")
+        module.register_forward_hook(lambda m, args, out: copy_to(reduce_from(out, self.group), self.group))
+
+    def _cut_rows(self, root: nn.Module, module: nn.Module, name: str, parent: nn.Module, style: str = "colwise") -> None:
+        """Keep this rank's rows of all parameters of a module."""
+        segments, holders = self._rows(module, name, style, parent)
+        for key, param in list(module.named_parameters(recurse=False)):
+            assert param.ndim
+            self._cut_parameter(root, module, key, name, 0, segments, holders)
+
     def _rows(
-        self, module: nn.Linear, name: str, style: str, parent: nn.Module
-    ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...]]:
-        """Return the rows of a column-wise linear that lie here, and the tp ranks which hold the same ones."""
-        head_dim = getattr(parent, "head_dim", None)
-        if style == "colwise" and isinstance(head_dim, int) and module.out_features % head_dim == 0:
-            return self._heads(module, name, parent, head_dim)
-        if isinstance(module, FusedLinear):
-            return self._parts(module, name), (self.rank,)
+        self, module: nn.Module, name: str, style: str, parent: nn.Module
+    ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...] | tuple[tuple[int, ...], ...]]:
+        """Return the rows of a column-wise module that lie here, and the tp ranks which hold the same ones (or each part)."""
+        if isinstance(module, (FusedLinear, CausalConv)):
+            return self._parts(module, name, parent)
+        if isinstance(module, nn.Linear):
+            head_dim, size = getattr(parent, "head_dim", None), module.out_features  # its weight may be cut, where it is tied
+            if style == "colwise" and isinstance(head_dim, int) and size % head_dim == 0:
+                return self._heads(module, name, parent, head_dim)
+        else:
+            size = next(param.shape[0] for param in module.parameters(recurse=False))
         packs = 2 if style == "packed_colwise" else 1
         what = "vocabulary" if style == "vocab_head" else f"{name}.out_features"
-        return self._even(module.out_features, packs, what), (self.rank,)
+        return self._even(size, packs, what), (self.rank,)
 
     def _heads(
         self, module: nn.Linear, name: str, attention: nn.Module, head_dim: int
@@ -188,28 +213,64 @@ class TensorParallel:
                 f"shared evenly. Set tp to one of {divisors(heads, limit=64)}, or to a multiple of {heads} that divides "
                 "the query heads."
             )
-        sharing = self.size // heads
-        head = self.rank // sharing
-        if name.endswith("k_proj"):  # once for the pair: each rank now has one KV head for all of its query heads
-            queries = int(attention.__dict__["num_key_value_groups"]) * heads
-            attention.__dict__["num_key_value_groups"] = queries // self.size
+        if name.endswith("k_proj"):  # once for the pair
+            self._one_kv_head(attention, heads)
         self.shards.shared_kv.update(f"{name}.{key}" for key, _ in module.named_parameters())
-        return ((head * head_dim, head_dim),), tuple(range(head * sharing, (head + 1) * sharing))
+        head, sharers = self._shared_unit(heads)
+        return ((head * head_dim, head_dim),), sharers
 
-    def _parts(self, module: FusedLinear, name: str) -> tuple[tuple[int, int], ...]:
-        """Take an even share of each layer of several in one, at the borders of its units."""
-        segments, start = [], 0
-        for rows in module.parts:
-            units = rows // module.unit
-            if units % self.size:
-                what = "rows" if module.unit == 1 else f"heads of {module.unit} rows"
-                raise ValueError(
-                    f"{name} is several layers in one, of which one has {units} {what}: tp={self.size} does not divide them. "
-                    f"Set tp to one of {divisors(math.gcd(*module.parts) // module.unit, limit=64)}."
-                )
-            segments.append((start + self.rank * (rows // self.size), rows // self.size))
+    def _shared_unit(self, units: int) -> tuple[int, tuple[int, ...]]:
+        """Return which of fewer units than ranks (heads) lies here, and the tp ranks that hold it."""
+        sharing = self.size // units
+        unit = self.rank // sharing
+        return unit, tuple(range(unit * sharing, (unit + 1) * sharing))
+
+    def _one_kv_head(self, attention: nn.Module, heads: int) -> None:
+        """Tell an attention that each rank has one of its KV heads for all of its query heads."""
+        queries = int(attention.__dict__["num_key_value_groups"]) * heads
+        attention.__dict__["num_key_value_groups"] = queries // self.size
+
+    def _parts(
+        self, module: FusedLinear | CausalConv, name: str, parent: nn.Module
+    ) -> tuple[tuple[tuple[int, int], ...], tuple[int, ...] | tuple[tuple[int, ...], ...]]:
+        """Take an even share of each layer of several in one, at the borders of its units; neighbours may share a unit."""
+        segments: list[tuple[int, int]] = []
+        holders: list[tuple[int, ...]] = []
+        start = 0
+        for rows, size, may_share in zip(module.parts, module.units, module.shared, strict=True):
+            units = rows // size
+            if units % self.size == 0:
+                segments.append((start + self.rank * (rows // self.size), rows // self.size))
+                holders.append((self.rank,))
+            elif may_share and self.size % units == 0:
+                unit, sharers = self._shared_unit(units)
+                segments.append((start + unit * size, size))
+                holders.append(sharers)
+            else:
+                self._refuse_parts(module, name, units, size)
             start += rows
-        return tuple(segments)
+        if all(ranks == (self.rank,) for ranks in holders):
+            return tuple(segments), (self.rank,)
+        if getattr(parent, "norms_all", False):
+            raise ValueError(
+                f"{name} has {module.parts[1] // module.units[1]} KV heads, which one norm takes together, so that "
+                f"tp={self.size} can't share them. Set tp to one of "
+                f"{divisors(math.gcd(*module.parts) // module.units[1], limit=64)}."
+            )
+        if "num_key_value_groups" in parent.__dict__:
+            self._one_kv_head(parent, module.parts[1] // module.units[1])
+        self.shards.shared_kv.update(f"{name}.{key}" for key, _ in module.named_parameters())
+        return tuple(segments), tuple(holders)
+
+    def _refuse_parts(self, module: FusedLinear | CausalConv, name: str, units: int, size: int) -> None:
+        layers = list(zip(module.parts, module.units, module.shared, strict=True))
+        fixed = math.gcd(*(rows // size for rows, size, may_share in layers if not may_share))
+        counts = [rows // size for rows, size, may_share in layers if may_share]
+        allowed = [tp for tp in divisors(fixed, limit=64) if all(n % tp == 0 or tp % n == 0 for n in counts)]
+        raise ValueError(
+            f"{name} is several layers in one, of which one has {units} {'rows' if size == 1 else f'heads of {size} rows'}: "
+            f"tp={self.size} does not divide them. Set tp to one of {allowed}."
+        )
 
     def _cut_expert_parameter(self, root: nn.Module, experts: nn.Module, key: str, name: str, style: str) -> None:
         """Cut the 3-D weight of an experts module, ``[experts, out, in]`` (or transposed, as the module says), and its bias."""
@@ -279,10 +340,13 @@ class TensorParallel:
         module.__dict__["_vocabulary"] = (segments[0][0], self.group)
 
     def _cut_norm(self, root: nn.Module, module: nn.Module, name: str) -> None:
-        if not isinstance(module, RMSNorm):
-            raise ValueError(f"plan[{name!r}] = 'split_norm' applies to kenotron's RMSNorm, not to {type(module).__name__}.")
+        if not isinstance(module, (RMSNorm, GatedNorm)):
+            raise ValueError(f"plan[{name!r}] = 'split_norm' applies to kenotron's norms, not to {type(module).__name__}.")
         size = module.weight.shape[0]
         self._cut_parameter(root, module, "weight", name, 0, self._even(size, 1, f"{name}.weight"), (self.rank,))
+        if isinstance(module, GatedNorm):
+            self._share_groups(module, size // module.group)
+            return
 
         def forward(x: Tensor) -> Tensor:
             wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -291,6 +355,18 @@ class TensorParallel:
             return module.weight * (wide * torch.rsqrt(total / size + module.eps)).to(x.dtype)
 
         module.forward = forward  # type: ignore[method-assign]
+
+    def _share_groups(self, norm: GatedNorm, groups: int) -> None:
+        """Let ranks that have parts of one group of a norm add up its squares."""
+        if groups % self.size == 0:
+            return
+        mine, _ = self._shared_unit(groups)
+
+        def total(squares: Tensor) -> Tensor:
+            every = F.pad(squares, (mine, groups - 1 - mine))
+            return copy_to(reduce_from(every, self.group), self.group)[..., mine : mine + 1]
+
+        norm.total = total
 
     # ------------------------------------------------------------------------------------------------------- helpers
 
@@ -313,9 +389,13 @@ class TensorParallel:
         name: str,
         dim: int,
         segments: tuple[tuple[int, int], ...],
-        replicas: tuple[int, ...],
+        holders: tuple[int, ...] | tuple[tuple[int, ...], ...],
     ) -> None:
-        """Replace ``module.key`` by its local part, in every module that shares it (tied weights stay tied)."""
+        """Replace ``module.key`` by its local part, in every module that shares it (tied weights stay tied).
+
+        Args:
+            holders: the tp ranks that hold the same segments, or those of each segment.
+        """
         param = module._parameters.get(key)
         if param is None:
             return
@@ -327,7 +407,9 @@ class TensorParallel:
             if self.shards.by_name[full_name].segments != segments:
                 raise ValueError(f"{full_name} is tied to a weight that the plan cuts in another way. Give both the same cut.")
             return
-        shard = TensorShard(global_shape=tuple(param.shape), dim=dim, segments=segments, replicas=replicas)
+        replicas = tuple(rank for rank in holders if isinstance(rank, int)) or (self.rank,)
+        shared = tuple(ranks for ranks in holders if isinstance(ranks, tuple))
+        shard = TensorShard(global_shape=tuple(param.shape), dim=dim, segments=segments, replicas=replicas, shared=shared)
         local = nn.Parameter(shard.take(param.detach()).clone(), requires_grad=param.requires_grad)
         if spread is not None:
             shard = replace(shard, global_shape=spread.global_shape, experts=spread.experts)
@@ -422,10 +504,20 @@ def sequence_regions(block: nn.Module, name: str, styles: dict[str, str]) -> Seq
 def _only_split_linears(module: nn.Module, name: str, styles: dict[str, str]) -> bool:
     found = []
     for sub_name, sub in module.named_modules(prefix=name):
-        if any(True for _ in sub.parameters(recurse=False)):
-            found.append(styles.get(sub_name))
-    allowed = {"colwise", "rowwise", "packed_colwise", "packed_rowwise", "replicated_with_grad_allreduce"}
-    return "rowwise" in found and set(found) <= allowed
+        for key, _ in sub.named_parameters(recurse=False):
+            found.append(styles.get(sub_name) or styles.get(f"{sub_name}.{key}"))
+    return "rowwise" in found and set(found) <= _IN_SPLIT_REGIONS
+
+
+_IN_SPLIT_REGIONS = {
+    "colwise",
+    "rowwise",
+    "packed_colwise",
+    "packed_rowwise",
+    "replicated_with_grad_allreduce",
+    "rowwise_to_split",
+    "split_rows",
+}
 
 
 def apply_sequence_parallel(
