@@ -9,8 +9,6 @@ from pathlib import Path
 
 import numpy as np
 
-from kenotron.checkpoint.durable import fsync_directory, make_directories
-
 #: How the name of a file ends that is still being written; it begins with a dot.
 UNFINISHED = ".unfinished"
 
@@ -30,7 +28,7 @@ class NewFile:
             raise FileExistsError(f"{path} is there already. Remove it first, or write to another place.")
         self.path = path
         self.temporary = path.with_name(f".{path.name}.{os.getpid()}{UNFINISHED}")
-        make_directories(path.parent)
+        path.parent.mkdir(parents=True, exist_ok=True)
         self.file = open(self.temporary, "w+b", buffering=1 << 20)  # noqa: SIM115
 
     @classmethod
@@ -69,3 +67,24 @@ def publish(files: Sequence[NewFile]) -> None:
     for file in files:
         os.rename(file.temporary, file.path)
     fsync_directory(files[0].path.parent)
+
+
+def publish_text(path: Path, text: str) -> None:
+    """Write a small file, or write it anew, so that it is seen as it was or as it will be, and nothing in between."""
+    temporary = path.with_name(f".{path.name}{UNFINISHED}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.rename(temporary, path)
+    fsync_directory(path.parent)
+
+
+def fsync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    # As in kenotron.checkpoint.durable, whose package brings torch along: seconds, in each process that tokenises.
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

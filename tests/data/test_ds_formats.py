@@ -158,7 +158,7 @@ def test_damaged_nanoset_is_refused_with_file_and_offset(tmp_path: Path, damage,
 
 def test_token_size_is_asked_for_only_where_nothing_tells(tmp_path: Path) -> None:
     path = nanoset(tmp_path, metadata=None)
-    with pytest.raises(ValueError, match="token_size=4.*have 2 bytes"):
+    with pytest.raises(ValueError, match=r"token_size=4.*have 2 bytes"):
         NanosetSource(path, token_size=4)
     with pytest.raises(ValueError, match="2 or 4"):
         NanosetSource(path, token_size=3)
@@ -268,8 +268,7 @@ def writers(path: Path) -> list[NanosetWriter | MegatronWriter]:
 def test_writer_that_fails_leaves_nothing_behind(tmp_path: Path) -> None:
     for writer in writers(tmp_path):
         with pytest.raises(ValueError, match="65536 does not fit"), writer:
-            writer.write([1])
-            writer.write([65536])
+            writer.write_documents([1, 65536], [1, 1])
     assert os.listdir(tmp_path) == []
 
 
