@@ -177,7 +177,8 @@ def entry_key(name: str, global_shape: tuple[int, ...], box: Box) -> str:
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """Return the elements in row-major order as bytes: the tensor's own memory if contiguous and on the CPU."""
     plain = tensor.detach().cpu().resolve_conj().resolve_neg().contiguous()
-    return plain.reshape(-1).view(torch.uint8).numpy().data
+    # Not reshape: one element, or none, counts as contiguous with any strides, and keeps them.
+    return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -21,7 +21,7 @@ from kenotron.checkpoint.format import Piece, bytes_of
 from kenotron.checkpoint.save import remove_tree
 from kenotron.hf.directory import HFDirectory
 from kenotron.hf.export import find_record, read_whole
-from kenotron.hf.load import DirectoryWeights, check_tensors, follow_tie
+from kenotron.hf.load import DirectoryWeights, check_tensors, follow_ties
 from kenotron.hf.names import EMBEDDINGS, decoder_pieces, model_pieces
 from kenotron.hf.nanotron import (
     NanotronCheckpoint,
@@ -54,7 +54,8 @@ def hf_to_kenotron(path: PathLike, out: PathLike, *, name: str = "model") -> Pat
     directory = HFDirectory(path)
     directory.config()
     config = AutoConfig.from_pretrained(directory.path, local_files_only=True)
-    pieces, model = follow_tie(directory, config, model_pieces(config)), _empty(config)
+    model = _empty(config)
+    pieces = follow_ties(directory, model, model_pieces(config))
     check_tensors(directory, model, pieces)
     generation = directory.path / "generation_config.json"
     settings = json.loads(generation.read_text()) if generation.is_file() else None

@@ -244,8 +244,7 @@ class _Source:
 
 def _lies_in_order(tensor: torch.Tensor) -> bool:
     """Tell whether the tensor's memory is its elements in row-major order."""
-    # One element, or none, counts as contiguous with any strides, and with some of them torch has no view of it as bytes.
-    return tensor.is_contiguous() and tensor.numel() > 1 and not tensor.is_conj() and not tensor.is_neg()
+    return tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
 
 
 def _read_and_copy(source: _Source, box: Box, dtype: torch.dtype, out: torch.Tensor) -> None:

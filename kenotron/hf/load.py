@@ -21,8 +21,8 @@ from kenotron.checkpoint.format import Piece as LocalPiece
 from kenotron.hf.conversions import transformers_pieces
 from kenotron.hf.directory import HFDirectory
 from kenotron.hf.errors import ModelMismatchError
-from kenotron.hf.names import EMBEDDINGS, Piece, model_pieces
-from kenotron.parallel.init import attach, meta_device
+from kenotron.hf.names import Piece, model_pieces, whole
+from kenotron.parallel.init import attach, meta_device, names_of_parameters
 
 _log = logging.getLogger(__name__)
 
@@ -74,7 +74,7 @@ def from_hf(
         pieces = model_pieces(config)
     else:
         pieces = transformers_pieces(model, {name: at.shape for name, at in directory.tensors.items()})
-    pieces = follow_tie(directory, config, pieces)
+    pieces = follow_ties(directory, model, pieces)
     check_tensors(directory, model, pieces)
     if (directory.path / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(directory.path, local_files_only=True)
@@ -130,13 +130,18 @@ class DirectoryWeights:
 _HEAD = "lm_head.weight"
 
 
-def follow_tie(directory: HFDirectory, config: Any, pieces: Mapping[str, tuple[Piece, ...]]) -> dict[str, tuple[Piece, ...]]:
-    """Return ``pieces`` with the embedding read from the head, where the two are tied and only the head is stored."""
+def follow_ties(
+    directory: HFDirectory, model: nn.Module, pieces: Mapping[str, tuple[Piece, ...]]
+) -> dict[str, tuple[Piece, ...]]:
+    """Return ``pieces`` with tied parameters read from whichever of their names is stored (the head's, where it is alone)."""
     found = dict(pieces)
-    if config.tie_word_embeddings and _HEAD in directory.tensors:
-        for name in EMBEDDINGS:
-            if name not in directory.tensors and name in found:
-                found[name] = tuple(piece._replace(name=_HEAD) for piece in found[name])
+    shapes = {name: tuple(param.shape) for name, param in model.named_parameters()}
+    for first, *others in names_of_parameters(model).values():
+        if all(piece.name in directory.tensors for piece in found.get(first, ())) and first in found:
+            continue
+        for other in others:
+            if other in directory.tensors:
+                found[first] = pieces.get(other, whole(other, *shapes[first]))
     return found
 
 

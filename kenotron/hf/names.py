@@ -71,7 +71,7 @@ def decoder_pieces(config: Any) -> dict[str, tuple[Piece, ...]]:
     """
     a, names = Architecture.of(config), _FAMILIES.get(config.model_type, _Names())
     pieces = {
-        "model.embed_tokens.weight": _whole("model.embed_tokens.weight", a.vocabulary, a.hidden),
+        "model.embed_tokens.weight": whole("model.embed_tokens.weight", a.vocabulary, a.hidden),
         **_norm("model.norm", "model.norm", a),
     }
     for layer in range(a.num_layers):
@@ -84,7 +84,7 @@ def decoder_pieces(config: Any) -> dict[str, tuple[Piece, ...]]:
         else:
             pieces |= _experts(f"{prefix}.mlp", f"{prefix}.{names.moe}", a, layer, names)
     if not a.tied:
-        pieces["lm_head.weight"] = _whole("lm_head.weight", a.vocabulary, a.hidden)
+        pieces["lm_head.weight"] = whole("lm_head.weight", a.vocabulary, a.hidden)
     return pieces
 
 
@@ -98,16 +98,17 @@ def model_pieces(config: Any) -> dict[str, tuple[Piece, ...]]:
 
     if config.model_type not in MIXERS:
         return decoder_pieces(config)
-    return {name: _whole(name, *shape) for name, shape in mamba_shapes(config).items()}
+    return {name: whole(name, *shape) for name, shape in mamba_shapes(config).items()}
 
 
-def _whole(name: str, *shape: int) -> tuple[Piece, ...]:
+def whole(name: str, *shape: int) -> tuple[Piece, ...]:
+    """Return the pieces of a parameter that is one tensor."""
     return (Piece(name, tuple((0, size) for size in shape)),)
 
 
 def _norm(ours: str, theirs: str, a: Architecture) -> dict[str, tuple[Piece, ...]]:
     keys = ("weight", "bias") if a.norm == "layer" else ("weight",)
-    return {f"{ours}.{key}": _whole(f"{theirs}.{key}", a.hidden) for key in keys}
+    return {f"{ours}.{key}": whole(f"{theirs}.{key}", a.hidden) for key in keys}
 
 
 def _attention(prefix: str, a: Architecture) -> dict[str, tuple[Piece, ...]]:
@@ -118,7 +119,7 @@ def _attention(prefix: str, a: Architecture) -> dict[str, tuple[Piece, ...]]:
     if a.qk_norm:
         sizes = (queries, keys) if a.qk_norm == "all" else (a.head_dim, a.head_dim)
         for key, size in zip(("q_norm", "k_norm"), sizes, strict=True):
-            pieces[f"{prefix}.{key}.weight"] = _whole(f"{prefix}.{key}.weight", size)
+            pieces[f"{prefix}.{key}.weight"] = whole(f"{prefix}.{key}.weight", size)
     return pieces
 
 
@@ -142,15 +143,15 @@ def _experts(ours: str, theirs: str, a: Architecture, layer: int, names: _Names)
 
     gates, ups = each(names.expert_gate, (0, inner), hidden), each(names.expert_up, (inner, 2 * inner), hidden)
     return {
-        f"{ours}.router.weight": _whole(f"{theirs}.gate.weight", settings.num_experts, a.hidden),
+        f"{ours}.router.weight": whole(f"{theirs}.gate.weight", settings.num_experts, a.hidden),
         f"{ours}.experts.gate_up_proj": (*gates, *ups),
         f"{ours}.experts.down_proj": tuple(each(names.expert_down, hidden, (0, inner))),
     }
 
 
 def _linear(ours: str, theirs: str, rows: int, columns: int, bias: bool) -> dict[str, tuple[Piece, ...]]:
-    pieces = {f"{ours}.weight": _whole(f"{theirs}.weight", rows, columns)}
-    return pieces | ({f"{ours}.bias": _whole(f"{theirs}.bias", rows)} if bias else {})
+    pieces = {f"{ours}.weight": whole(f"{theirs}.weight", rows, columns)}
+    return pieces | ({f"{ours}.bias": whole(f"{theirs}.bias", rows)} if bias else {})
 
 
 def _fused(ours: str, theirs: str, parts: dict[str, int], columns: int, bias: bool) -> dict[str, tuple[Piece, ...]]:

@@ -183,8 +183,6 @@ class HFWriter:
             raise ValueError(
                 f"{name}: with box={box} more would be written than its shape {list(planned.shape)} has; once is enough"
             )
-        if tensor.numel() <= 1:  # counts as contiguous with any strides, with some of which torch has no view of it as bytes
-            tensor = tensor.clone(memory_format=torch.contiguous_format)
         shard, data = planned.shard, bytes_of(tensor)
         offsets, run = runs_of(planned.shape, into, planned.dtype.itemsize)
         for index, offset in enumerate(offsets):

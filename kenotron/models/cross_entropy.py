@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from kenotron.models.autocast import compute_dtype, is_autocasting
 from kenotron.parallel.collectives import Group, all_gather_stack, group_rank, group_size, reduce_from
 from kenotron.parallel.vocab import wide
 
@@ -86,7 +87,7 @@ def linear_cross_entropy(
     _check_labels(label_N, weight.shape[0] * group_size(group), ignore_index)
     # ctx.needs_input_grad would not tell of no_grad, and within a Function gradients are always off.
     wanted = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in (hidden, weight, bias)]
-    how = _How(wanted, _autocast_type(hidden), group, z_loss, softcap, scale, max_logits)
+    how = _How(wanted, compute_dtype(hidden) if is_autocasting(hidden) else None, group, z_loss, softcap, scale, max_logits)
     loss, z = _LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, bias, label_N, ignored_N, how)
     return LinearCrossEntropy(loss, z, ignored_N.logical_not().sum())
 
@@ -99,13 +100,6 @@ class _How(NamedTuple):
     softcap: float | None
     scale: float
     max_logits: int
-
-
-def _autocast_type(x: Tensor) -> torch.dtype | None:
-    """Return autocast's type where it is on; it leaves float64 alone."""
-    device = x.device.type
-    on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device) and x.dtype != torch.float64
-    return torch.get_autocast_dtype(device) if on else None
 
 
 def _check_labels(label_N: Tensor, vocabulary: int, ignore_index: int) -> None:

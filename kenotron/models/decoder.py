@@ -29,6 +29,7 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from kenotron.models.architecture import Architecture
 from kenotron.models.attention import Attention, check_attention, choose_attention
+from kenotron.models.autocast import compute_dtype
 from kenotron.models.experts import Experts
 from kenotron.models.head import Head, shifted
 from kenotron.models.layers import MLP, RMSNorm
@@ -190,9 +191,7 @@ class DecoderModel(_Pretrained):
         self.chooses_attention = False
         if self.config._attn_implementation != "sdpa":
             return
-        device = embeds.device.type
-        autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-        dtype = torch.get_autocast_dtype(device) if autocast else embeds.dtype
+        dtype = compute_dtype(embeds)
         self.set_attn_implementation(choose_attention(embeds.device, dtype))
         _log.info("Decoder: attention by %s (%s on %s)", self.config._attn_implementation, dtype, embeds.device)
 

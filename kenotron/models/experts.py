@@ -26,6 +26,8 @@ from torch import Tensor, nn
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from kenotron.models.autocast import compute_dtype, is_autocasting
+
 Implementation = Literal["auto", "grouped", "loop"]
 
 
@@ -129,7 +131,7 @@ class Experts(nn.Module):
         Returns:
             ``[T, H]`` in the type of ``hidden_states``. Under autocast the products run in autocast's type.
         """
-        dtype = _compute_dtype(hidden_states)
+        dtype = compute_dtype(hidden_states)
         order = sort_pairs(top_k_index, self.num_experts)
         weight_S = top_k_weights.reshape(-1).index_select(0, order.pair)
         x_SH = _copy_rows(hidden_states.to(dtype), order.token, order.row)
@@ -142,7 +144,7 @@ class Experts(nn.Module):
         """Return each row times its expert's matrix, plus its bias (times ``scale_S``)."""
         weight, bias = self._parameters[name], self._parameters[f"{name}_bias"]
         assert weight is not None
-        y = grouped_linear(x, weight.to(x.dtype) if _autocasts(x) else weight, order.ends, self.implementation)
+        y = grouped_linear(x, weight.to(x.dtype) if is_autocasting(x) else weight, order.ends, self.implementation)
         if bias is None:
             return y
         # A product with one-hot rows picks each row's bias exactly, and its backward sums in float32 in a fixed order.
@@ -154,15 +156,6 @@ class Experts(nn.Module):
     def extra_repr(self) -> str:
         hidden, intermediate = self.down_proj.shape[1:]
         return f"{hidden}, {intermediate}, num_experts={self.num_experts}, activation={self.activation!r}, gated={self.gated}"
-
-
-def _compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the type in which products run; autocast leaves float64 alone, as it does for ``nn.Linear``."""
-    return torch.get_autocast_dtype(x.device.type) if _autocasts(x) and x.dtype != torch.float64 else x.dtype
-
-
-def _autocasts(x: Tensor) -> bool:
-    return torch.amp.is_autocast_available(x.device.type) and torch.is_autocast_enabled(x.device.type)
 
 
 # ---- Order of the pairs ---------------------------------------------------------------------------------------------

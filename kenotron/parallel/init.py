@@ -68,11 +68,12 @@ def attach(model: nn.Module, weights: StoredWeights) -> None:
     model.__dict__[_STORED] = weights
     if not _is_deferring.get():
         with torch.device("cpu"):
-            aliases = {name: first for first, *others in _names_of_parameters(model).values() for name in others}
+            aliases = {name: first for first, *others in names_of_parameters(model).values() for name in others}
             materialize(model, Shards(), aliases, 0, torch.device("cpu"))
 
 
-def _names_of_parameters(root: nn.Module) -> dict[int, list[str]]:
+def names_of_parameters(root: nn.Module) -> dict[int, list[str]]:
+    """Return the names of each parameter, several where it is tied, in the order of the module."""
     names: dict[int, list[str]] = {}
     for name, param in root.named_parameters(remove_duplicate=False):
         names.setdefault(id(param), []).append(canonical(name))

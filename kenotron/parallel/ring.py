@@ -36,6 +36,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from kenotron.models.autocast import compute_dtype
 from kenotron.parallel.attention import Mask, accumulation_dtype, attend, attend_backward, empty_result
 from kenotron.parallel.collectives import Group, all_to_all, group_rank, group_size
 
@@ -166,10 +167,7 @@ class _Setting:
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as torch.nn.functional.scaled_dot_product_attention does under autocast."""
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    return tuple(x if x.dtype == torch.float64 else x.to(torch.get_autocast_dtype(device)) for x in tensors)
+    return tuple(x.to(compute_dtype(x)) for x in tensors)
 
 
 def _setting(

@@ -143,3 +143,8 @@ def test_unpublished_names_are_told_apart_from_those_of_other_checkpoints(tmp_pa
     assert unpublished_name(unpublished(tmp_path / "a", "id").name) == "a"
     assert unpublished_name(".hidden") is None
     assert unpublished_name("a.id.partial") is None
+
+
+def test_single_elements_and_none_are_bytes_with_any_strides() -> None:
+    for tensor in (torch.arange(2)[::2], torch.arange(12).view(3, 4)[1:2, ::4], torch.ones(4, 3)[:0, ::2]):
+        assert bytes(bytes_of(tensor)) == tensor.clone(memory_format=torch.contiguous_format).numpy().tobytes()

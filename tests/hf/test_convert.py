@@ -163,7 +163,7 @@ def test_what_is_written_for_nanotron_is_what_nanotron_would_write(tmp_path, mod
                 assert torch.equal(a.get_tensor("data"), b.get_tensor("data")), place
 
 
-@pytest.mark.parametrize("model_type", ["llama", "mixtral", "starcoder2", "olmo2"])
+@pytest.mark.parametrize("model_type", ["llama", "mixtral", "starcoder2", "olmo2", "mamba"])
 def test_a_converted_directory_is_a_checkpoint_to_begin_with(tmp_path, model_type, capsys):
     theirs = save_hf(tmp_path / "hf", model_type, tie_word_embeddings=model_type == "starcoder2")
     assert main(["convert", "hf-to-kenotron", str(tmp_path / "hf"), str(tmp_path / "ckpt"), "--name", "lm"]) == 0

@@ -92,6 +92,8 @@ MODELS = {
     "starcoder2": ("starcoder2", {"bos_token_id": 1, "eos_token_id": 2}, {}),
     "mixtral": ("mixtral", {"num_local_experts": 4}, {}),
     "unmodified mixtral": ("mixtral", {"num_local_experts": 4}, {"implementation": "transformers"}),
+    "mamba": ("mamba", {"state_size": 8}, {}),
+    "mamba2": ("mamba2", {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 2}, {}),
     "unmodified gemma2, tied": ("gemma2", {"head_dim": 8}, {}),
 }
 
@@ -101,6 +103,8 @@ MODELS = {
     [
         ("llama", 4, {"pp": 2, "zero_stage": 3}),
         ("mixtral", 4, {"ep": 2, "tp": 2, "zero_stage": 3}),
+        ("mamba2", 4, {"tp": 4}),  # pairs of ranks hold the same rows within one matrix, as for KV heads
+        ("qwen3, tied", 8, {"tp": 4, "zero_stage": 3}),
         ("unmodified gemma2, tied", 1, {}),
         *(pytest.param(name, 8, {"tp": 2, "pp": 2, "zero_stage": 3}, marks=pytest.mark.slow) for name in MODELS),
         pytest.param("unmodified mixtral", 4, {"ep": 4, "zero_stage": 3}, marks=pytest.mark.slow),

@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from kenotron.hf import ModelMismatchError, ShardTruncatedError, from_hf
-from kenotron.models import Decoder
+from kenotron.models import Decoder, Mamba
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from decoder_families import FAMILIES, configuration, on_disk
@@ -38,6 +39,31 @@ def test_a_decoder_has_the_weights_of_the_directory(tmp_path, family):
     assert not any(t.is_meta for t in [*ours.parameters(), *ours.buffers()])
     assert (ours(ids()).logits - theirs(ids()).logits).abs().max() <= 1e-5
     assert copy.deepcopy(ours).state_dict().keys() == ours.state_dict().keys()
+
+
+def test_a_mamba_has_the_weights_of_the_directory(tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("mamba", vocab_size=96, hidden_size=32, num_hidden_layers=2, state_size=8)
+    theirs = AutoModelForCausalLM.from_config(config)
+    theirs.save_pretrained(tmp_path)
+    ours = from_hf(tmp_path)
+    assert isinstance(ours, Mamba)
+    assert (ours(ids()).logits - theirs(ids(), use_cache=False).logits).abs().max() <= 1e-5
+    assert type(from_hf(tmp_path, implementation="transformers")).__name__ == "MambaForCausalLM"
+
+
+@pytest.mark.parametrize("implementation", ["kenotron", "transformers"])
+def test_a_tied_directory_may_hold_the_head_alone(tmp_path, implementation):
+    theirs = saved(tmp_path, tie_word_embeddings=True)
+    tensors = {
+        name if name != "model.embed_tokens.weight" else "lm_head.weight": tensor.contiguous()
+        for name, tensor in theirs.state_dict().items()
+        if name != "lm_head.weight"
+    }
+    for file in [*tmp_path.glob("*.safetensors"), *tmp_path.glob("*.index.json")]:
+        file.unlink()
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    assert (from_hf(tmp_path, implementation=implementation)(ids()).logits - theirs(ids()).logits).abs().max() <= 1e-5
 
 
 DEEPSEEK = {

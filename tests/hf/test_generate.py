@@ -54,9 +54,10 @@ def pool():
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mixtral"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "mixtral", "mamba", "mamba2"])
 def test_the_likeliest_tokens_are_those_of_transformers(pool, tmp_path, model_type, use_cache):
-    make_directory(tmp_path, model_type, tie_word_embeddings=model_type == "qwen3")
+    sizes = {"state_size": 8, "num_heads": 8, "head_dim": 8, "n_groups": 1} if model_type.startswith("mamba") else {}
+    make_directory(tmp_path, model_type, tie_word_embeddings=model_type in ("qwen3", "mamba"), **sizes)
     theirs = expected(tmp_path, do_sample=False, use_cache=use_cache)
     assert all(len(text.split()) > 3 for text in theirs)
     from transformers import AutoTokenizer
