@@ -1,4 +1,4 @@
-"""The command line: ``kenotron checkpoint ls|verify|merge``, ``kenotron export``, ``... convert`` and ``... generate``."""
+"""The command line: ``kenotron checkpoint ls|verify|merge``, ``kenotron export``, ``convert``, ``generate``, ``tokenize``."""
 
 from __future__ import annotations
 
@@ -21,6 +21,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from kenotron.cli import export
 
         return export.convert(options)
+    if options.command == "tokenize":
+        from kenotron.cli import tokenize
+
+        return tokenize.run(options)
     if options.command == "generate":
         from kenotron.cli import generate
 
@@ -63,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_export(commands)
     _add_convert(commands)
     _add_generate(commands)
+    _add_tokenize(commands)
     return parser
 
 
@@ -111,6 +116,34 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
     parser.add_argument("--seed", type=int, default=0, help="of sampling (default: 0)")
     parser.add_argument("--no-cache", action="store_true", help="compute keys and values anew for every token")
     _add_model_options(parser, "of the parameters (default: float32)")
+
+
+def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser(
+        "tokenize",
+        help="turn text into a corpus of tokens",
+        description="Turn text into a corpus of tokens: JSON lines and Parquet, or plain text, a document a file; .gz and .zst "
+        "are unpacked. The same bytes for any number of workers; after a kill, the same command goes on.",
+    )
+    parser.add_argument("inputs", metavar="INPUT", nargs="+", help="a file, a folder, a glob, or any URL that fsspec reads")
+    parser.add_argument("out", metavar="OUT", help="the folder to make, with tokens and tokenizer")
+    vocabulary = parser.add_mutually_exclusive_group(required=True)
+    vocabulary.add_argument("--tokenizer", metavar="T", help="a tokenizer.json, or a folder that AutoTokenizer reads")
+    vocabulary.add_argument("--train-tokenizer", metavar="V", type=int, help="train a byte-level BPE of V tokens on the input")
+    parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    parser.add_argument("--append-eos", action="store_true", help="end each document with the tokenizer's token for that")
+    parser.add_argument("--eos-token", metavar="TOKEN", help="with --append-eos: this token, in the place of the tokenizer's")
+    parser.add_argument("--prepend-bos", action="store_true", help="begin each document with the tokenizer's token for that")
+    parser.add_argument("--format", choices=("nanoset", "megatron"), default="nanoset", help="of the tokens (default: nanoset)")
+    parser.add_argument("--column", default="text", help="that holds the text, in JSON lines and Parquet (default: text)")
+    parser.add_argument(
+        "--on-error",
+        choices=("fail", "skip"),
+        default="fail",
+        help="what becomes of invalid UTF-8, broken JSON, missing columns, values that are no text and empty documents: the "
+        "end of the run, or they are counted (default: fail)",
+    )
+    parser.add_argument("--shard-mb", type=float, help="input of one file of tokens (default: 1/256 of all, 4 MiB to 1 GiB)")
 
 
 def _add_model_options(parser: argparse.ArgumentParser, dtype: str) -> None:
