@@ -148,18 +148,20 @@ class PieceReader:
     def _parquet(self, opened: Any) -> Iterator[Document | Problem]:
         parquet, arrow = needed("pyarrow.parquet", "Reading Parquet"), needed("pyarrow", "Reading Parquet")
         try:
-            yield from self._row_groups(parquet.ParquetFile(opened), arrow)
-        except arrow.ArrowException as error:
-            yield Problem("unreadable", self.lines or None, None, _first_line(error))
-        except OSError as error:
-            if error.errno is not None:  # of the operating system
-                raise
-            yield Problem("unreadable", self.lines or None, None, _first_line(error))
+            file = parquet.ParquetFile(opened)
+        except (arrow.ArrowException, OSError) as error:
+            if self.piece.start == 0:  # once for a file
+                yield _unreadable(error, None)
+            return
+        try:
+            yield from self._row_groups(file, arrow)
+        except (arrow.ArrowException, OSError) as error:
+            yield _unreadable(error, self.lines + 1)
 
     def _row_groups(self, file: Any, arrow: Any) -> Iterator[Document | Problem]:
         schema = file.schema_arrow
         if self.column not in schema.names:
-            if self.piece.start == 0:  # once for a file
+            if self.piece.start == 0:
                 yield Problem("missing column", None, None, _no_column(self.column, schema.names))
             return
         kind = schema.field(self.column).type
@@ -285,5 +287,8 @@ def _no_column(column: str, columns: list[str]) -> str:
     return f"no {column!r} among {listed or 'no columns at all'}"
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+def _unreadable(error: Exception, row: int | None) -> Problem:
+    """Return what Arrow says of damage; an error of the operating system stays one."""
+    if isinstance(error, OSError) and error.errno is not None:
+        raise error
+    return Problem("unreadable", row, None, (str(error).splitlines() or [type(error).__name__])[0][:200])

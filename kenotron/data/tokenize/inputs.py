@@ -94,11 +94,14 @@ def _files_of(path: str, out: Path) -> list[InputFile]:
     if filesystem.isfile(place):
         return [_input_file(filesystem, place, filesystem.info(place), is_local)]
     if filesystem.isdir(place):
-        found = {name: info for name, info in filesystem.find(place, detail=True).items() if not _is_hidden(name[len(place) :])}
+        root, found = place, filesystem.find(place, detail=True)
     elif glob.has_magic(place):
+        root = glob.escape(place).split("[")[0].rpartition("/")[0]  # the folder above the first wildcard
         found = {name: info for name, info in filesystem.glob(place, detail=True).items() if info["type"] == "file"}
     else:
         raise ValueError(f"{path}: there is no such file or folder.")
+    if not _is_hidden(place[len(root) :]):  # a glob may ask for what is hidden
+        found = {name: info for name, info in found.items() if not _is_hidden(name[len(root) :])}
     if is_local:
         outside = os.path.realpath(out) + os.sep
         found = {name: info for name, info in found.items() if not os.path.realpath(name).startswith(outside)}

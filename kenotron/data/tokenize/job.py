@@ -88,6 +88,9 @@ def _refuse_other(out: Path, before: dict[str, Any], now: dict[str, Any]) -> Non
         same = (old.get("files"), old.get("bytes")) == (new["files"], new["bytes"])
         now_are = "have changed, or are others of the same size" if same else f"are {new['files']} of {new['bytes']} bytes now"
         raise ValueError(f"{out} was begun with other inputs: {what}; they {now_are}. Choose another folder.")
+    if before.get("tokenizer") != now["tokenizer"]:
+        old, new = before.get("tokenizer"), now["tokenizer"]
+        raise ValueError(f"{out} was begun with another tokenizer ({old}) than this one ({new}). Choose another folder.")
     for key, value in now.items():
         if before.get(key) != value:
             raise ValueError(
