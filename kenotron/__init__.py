@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from kenotron.layout import ParallelLayout
     from kenotron.parallel.plan import ParallelPlan
     from kenotron.strategies import KenotronStrategy
+    from kenotron.tasks import TokenData
 
 __version__ = "0.1.0"
 
@@ -24,12 +25,22 @@ _PUBLIC = {
     "KenotronStrategy": "kenotron.strategies",
     "ParallelLayout": "kenotron.layout",
     "ParallelPlan": "kenotron.parallel.plan",
+    "TokenData": "kenotron.tasks",
     "from_checkpoint": "kenotron.hf",
     "from_hf": "kenotron.hf",
     "load_state_dict": "kenotron.checkpoint",
 }
 
-__all__ = ["KenotronStrategy", "ParallelLayout", "ParallelPlan", "__version__", "from_checkpoint", "from_hf", "load_state_dict"]
+__all__ = [
+    "KenotronStrategy",
+    "ParallelLayout",
+    "ParallelPlan",
+    "TokenData",
+    "__version__",
+    "from_checkpoint",
+    "from_hf",
+    "load_state_dict",
+]
 
 _autoload.autoload()
 

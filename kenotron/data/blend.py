@@ -1,22 +1,22 @@
 """Which corpus a sample of a blend comes from: at every prefix of n samples each corpus has had n times its weight, within one.
 
-Nothing is tabulated over the run. The run is cut into blocks; how many samples each corpus has had where a block begins is a
-closed form, and within a block a schedule is made when it is asked for. With weights w_j that sum to one:
+Nothing is tabulated over the run. It is cut into blocks; how many samples each corpus has had where a block begins is a closed
+form, and the order within a block is made when it is asked for. With weights w_j that sum to one:
 
-- *Windows.* A sequence of corpora keeps every count strictly within one of n·w_j if and only if the i-th sample of corpus j
-  (i = 1, 2, …) stands at one of the places ⌊(i-1)/w_j⌋ … ⌈i/w_j⌉-1 (Baruah, Cohen, Plaxton, Varvel, Algorithmica 1996).
-- *Where a block begins*, at n: let f_j be the fraction of n·w_j. Their sum F is an integer, and F corpora with f_j > 0 must have had
-  ⌈n·w_j⌉ samples ("early"), all others ⌊n·w_j⌋ ("pending"). The fractions are rounded to y_j ∈ {0, 1} such that the sum of y - f is
-  strictly within one over each prefix in two orders at once: by the end i/w_j of the window that n cuts, and by its begin
-  (i-1)/w_j. ``_round`` does that.
-- *Within a block* all samples have their windows, cut at the block's ends, and a schedule exists. For by Hall's theorem it does
-  if for each interval of places no more windows lie inside than it has places. Windows inside [s, e) number at most
-  Σ_j max(0, ⌊e·w_j⌋ - ⌈s·w_j⌉) ≤ e - s. If the interval begins with the block, at n, that sum is e - n - Φ + E, where Φ is the sum of
-  the fractions at e, and E counts early corpora whose window ends after e. Those have a sum of fractions at e of more than that of
-  their f_j, which is above E - 1 by the rounding in the order of ends; so Φ, an integer, is at least E. An interval that ends
-  with the block is its mirror image, by the order of begins. An interval of the whole block has as many samples as
-  places, if no corpus is ahead at its begin of where it is at its end: a block is at least 1/w_j long for each j.
-  The earliest end first finds the schedule.
+- *Windows.* Counts stay strictly within one of n·w_j if and only if the i-th sample of corpus j (i = 1, 2, …) stands at one of
+  the places ⌊(i-1)/w_j⌋ … ⌈i/w_j⌉-1 (Baruah, Cohen, Plaxton, Varvel, Algorithmica 1996).
+- *Where a block begins*, at n: let f_j be the fraction of n·w_j. Their sum F is an integer, and F of the corpora with f_j > 0
+  must have had ⌈n·w_j⌉ samples ("early"), all others ⌊n·w_j⌋. So the fractions are rounded to y_j ∈ {0, 1}, such that the sum
+  of y - f is strictly within one over each prefix of two orders at once: by the end i/w_j of the window that n cuts, and by its
+  begin (i-1)/w_j. ``_round`` does that.
+- *Within a block* the samples have their windows, cut at the block's ends, and an order exists: by Hall's theorem it does if no
+  interval of places has more windows inside than places. Windows inside [s, e) number Σ_j max(0, ⌊e·w_j⌋ - ⌈s·w_j⌉), which is
+  at most e - s. If the interval begins with the block, at n, they are e - n - Φ + E, where Φ is the sum of the fractions of e·w_j,
+  and E counts early corpora whose window ends after e. The fractions of these alone sum, at e, to no less than their f_j did at
+  n, which is more than E - 1 by the rounding in the order of ends: so Φ, an integer, is at least E. An interval that ends with
+  the block is the mirror image of that, by the order of begins. And the whole block has as many samples as places, since a
+  block is at least 1/w_j long for each j, so that no corpus has had more where it begins than where it ends. The earliest end
+  first finds the order.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Blend:
         smallest = min(share for share, weight in zip(shares, weights, strict=True) if weight)
         if smallest * _LONGEST < _ONE:
             raise ValueError(
-                f"a weight of {smallest / _ONE:.3g} of the sum of {list(weights)} is too small to be kept to; set it to 0, or to "
-                f"{1 / _LONGEST:.3g} or more."
+                f"a weight of {smallest / _ONE:.3g} of the sum of {list(weights)} is too small to be kept to; set it to 0, or "
+                f"to {1 / _LONGEST:.3g} or more."
             )
         self.num_corpora = len(weights)
         self._shares = shares

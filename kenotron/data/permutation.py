@@ -3,9 +3,9 @@
 The construction is part of a run's state: a resumed run must find the same order, on any platform and version. It is
 
 - *key*: BLAKE2b of the JSON list of the key's parts, 64 bytes, read as eight little-endian 64-bit round keys k_0 … k_7;
-- *network*: with b the bits of n - 1, a number of b bits is split into its upper ⌊b/2⌋ bits l and its lower ⌈b/2⌉ bits r. Eight
-  rounds of an alternating Feistel network: l ← l ⊕ f(r + k_i) for even i, r ← r ⊕ f(l + k_i) for odd i, where f is the finaliser
-  of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), modulo 2^64, of which the lowest bits that fit are taken;
+- *network*: with b the bits of n - 1, a number of b bits is split into its upper ⌊b/2⌋ bits l and its lower ⌈b/2⌉ bits r.
+  Eight rounds of an alternating Feistel network: l ← l ⊕ f(r + k_i) for even i, r ← r ⊕ f(l + k_i) for odd i, where f is the
+  finaliser of SplitMix64 (Steele, Lea, Flood, OOPSLA 2014), modulo 2^64, of which the lowest bits that fit are taken;
 - *cycle walking* (Black and Rogaway, CT-RSA 2002): the network permutes range(2^b), and 2^b < 2n; a number is put through it
   again until it is below n. That is a permutation of range(n), and takes less than two passes on average.
 """

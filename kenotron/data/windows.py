@@ -1,8 +1,8 @@
 """Windows of a corpus: every adjacent pair of tokens is trained once in a pass.
 
-A corpus of T tokens has T - 1 pairs (a token and the one that follows it), and a sample of sequence length S takes S of them: it
-reads S + 1 tokens, the last of which is the first of the next window. With a phase p the first window ends after p pairs; the
-corpus is a ring then, of which one window may hold the last pairs and the first ones:
+A corpus of T tokens has T - 1 pairs (a token and the one that follows it), and a sample of sequence length S takes S of them:
+it reads S + 1 tokens, the last of which is the first of the next window. With a phase p the first window ends after p pairs;
+the corpus is a ring then, of which one window may hold the last pairs and the first ones:
 
     pairs   0 … p-1 | p … p+S-1 | p+S … | … T-2        window 0 = [T-2's rest] + [0 … p-1], if both fit; else two windows
 

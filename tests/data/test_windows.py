@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 
 import numpy as np
@@ -18,7 +19,7 @@ from kenotron.data.windows import Windows
 def corpus(*lengths: int) -> ArraySource:
     """Documents whose tokens are their own positions, so that a pair of tokens tells where it comes from."""
     begins = np.cumsum([0, *lengths])
-    return ArraySource("count", [np.arange(a, b) for a, b in zip(begins[:-1], begins[1:], strict=True)])
+    return ArraySource("count", [np.arange(a, b) for a, b in itertools.pairwise(begins)])
 
 
 def one_pass(source: ArraySource, length: int, phase: int, mask: bool = False) -> dict[str, np.ndarray]:
