@@ -3,6 +3,7 @@
 - training: Decoder and LlamaForCausalLM (SDPA) with the same weights take turns, one optimizer step each, in one process; the
   ratio is of the times of each pair. On a CPU about 50 M parameters in fp32, on CUDA 1 B in bf16 with compiled layers, where
   model FLOPs utilisation counts attention in full (6 per parameter and token, 12 × layers × hidden × length per token).
+  Likewise Mamba, smaller: without the kernels for CUDA, transformers' backward pass takes the square of the length.
 - loading: 4 processes load a directory in bf16, to train in fp32, with ``from_hf`` under ZeRO 3 and with ``from_pretrained`` in
   each, in turns. The first clock runs from the begin of ``configure_model`` until the strategy has sharded the module, and
   both until each page of the weights has been touched. Peak host memory is what the kernel counted above what a process had
@@ -38,11 +39,15 @@ CPU_MODEL = {
     "intermediate_size": 1408,
     "num_hidden_layers": 8,
     "num_attention_heads": 8,
+    "num_key_value_heads": 4,
     "vocab_size": 32000,
 }
 GPU_MODEL = {
-    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 18, "num_attention_heads": 16, "vocab_size": 32000,
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 18, "num_attention_heads": 16,
+    "num_key_value_heads": 8, "vocab_size": 32000,
 }  # fmt: skip
+MAMBA = {"hidden_size": 256, "num_hidden_layers": 2, "vocab_size": 4096}
+MAMBA_2 = {**MAMBA, "num_heads": 8, "head_dim": 64, "n_groups": 1, "state_size": 64}
 LOADED_MODEL = {
     "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 20, "num_attention_heads": 16, "vocab_size": 32000,
 }  # fmt: skip
@@ -53,26 +58,26 @@ GPU_BAR, PEAK_FLOPS = 1 / 1.15, 989e12
 # ---------------------------------------------------------------------------------------------------------- training
 
 
-def train(model: dict[str, int], shape: tuple[int, int], repetitions: int) -> dict[str, Any]:
+def train(family: str, model: dict[str, int], shape: tuple[int, int], repetitions: int) -> dict[str, Any]:
     """Return the ratios of step times, ours over transformers', and our tokens per second."""
     import torch
-    from transformers import AutoModelForCausalLM, LlamaConfig
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     import kenotron
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    config = LlamaConfig(**model, num_key_value_heads=model["num_attention_heads"] // 2, max_position_embeddings=shape[1])
+    config = AutoConfig.for_model(family, **model)
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=dtype).save_pretrained(folder)
-        theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sdpa", dtype=dtype)
+        AutoModelForCausalLM.from_config(config, dtype=dtype).save_pretrained(folder)
+        theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)  # SDPA, where there is attention
         ours = kenotron.from_hf(folder, dtype=dtype)
     contestants = []
     for contestant in (ours, theirs):
         contestant.to(device).train()
         if device.type == "cuda":
-            for layer in contestant.model.layers:
+            for layer in contestant.base_model.layers:
                 layer.compile()
         contestants.append((contestant, torch.optim.AdamW(contestant.parameters(), lr=1e-4, fused=True)))
     ids = torch.randint(0, config.vocab_size, shape, device=device)
@@ -93,8 +98,8 @@ def train(model: dict[str, int], shape: tuple[int, int], repetitions: int) -> di
     seconds = sorted(ours for ours, _ in times)[repetitions // 2]
     tokens = shape[0] * shape[1]
     parameters = sum(p.numel() for p in ours.parameters()) - ours.get_input_embeddings().weight.numel()
-    flops = 6 * parameters + 12 * model["num_hidden_layers"] * model["hidden_size"] * shape[1]
-    utilisation = tokens / seconds * flops / PEAK_FLOPS if device.type == "cuda" else None
+    attention = 0 if family != "llama" else 12 * model["num_hidden_layers"] * model["hidden_size"] * shape[1]
+    utilisation = tokens / seconds * (6 * parameters + attention) / PEAK_FLOPS if device.type == "cuda" else None
     return {**spread([a / b for a, b in times]), "tokens_per_s": tokens / seconds, "mfu": utilisation}
 
 
@@ -213,12 +218,18 @@ def main() -> int:
     quick, on_gpu = options.quick, torch.cuda.is_available()
     loaded = {**LOADED_MODEL, "num_hidden_layers": 4} if quick else LOADED_MODEL
     rows: list[tuple[str, float, Any]] = [
-        ("training, 56 M, fp32, 4 × 512 tokens", TRAINING_BAR, lambda: train(CPU_MODEL, (4, 512), 5 if quick else 15)),
+        ("training, 56 M, fp32, 4 × 512 tokens", TRAINING_BAR, lambda: train("llama", CPU_MODEL, (4, 512), 5 if quick else 15)),
+        ("training, Mamba, fp32, 2 × 128 tokens", 1.0, lambda: train("mamba", MAMBA, (2, 128), 3 if quick else 9)),
+        ("training, Mamba-2, fp32, 2 × 512 tokens", 1.0, lambda: train("mamba2", MAMBA_2, (2, 512), 3 if quick else 9)),
         ("loading on 4 ranks, to fp32", LOADING_BAR, lambda: load(loaded, "float32", 3 if quick else 5)),
         ("loading on 4 ranks, as stored", math.inf, lambda: load(loaded, "bfloat16", 3 if quick else 5)),
     ]
     if on_gpu:
-        rows[0] = ("training, 1.0 B, bf16, compiled, 4 × 4096 tokens", GPU_BAR, lambda: train(GPU_MODEL, (4, 4096), 20))
+        rows[0] = (
+            "training, 1.0 B, bf16, compiled, 4 × 4096 tokens",
+            GPU_BAR,
+            lambda: train("llama", GPU_MODEL, (4, 4096), 20),
+        )
     print(f"{'':<50} {'ratio':>6} {'quartiles':>15} {'bar':>6}")
     found = []
     for name, bar, measure in rows:
