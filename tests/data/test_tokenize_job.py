@@ -22,6 +22,7 @@ from kenotron.cli import main
 from kenotron.data.corpus import check, find_tokenizer, open_corpus
 from kenotron.data.errors import CorpusUnfinishedError
 from kenotron.data.tokenize import BadInputError, Progress, TokenizeError, TokenizeReport, tokenize
+from kenotron.data.tokenize.workers import WorkerError, run_tasks
 
 WORDS = [f"w{number}" for number in range(50)]
 
@@ -151,9 +152,21 @@ def test_finished_job_is_not_done_again_and_a_changed_one_is_refused(
     assert contents(out) == before
 
 
+def end(tell: object) -> None:
+    os._exit(9)
+
+
+def test_worker_that_is_killed_ends_the_run_with_what_to_do() -> None:
+    with pytest.raises(WorkerError, match="fewer workers"):
+        list(run_tasks([(end, ())] * 3, 2, 1))
+
+
 def test_input_that_changed_since_is_refused(tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("w1")
     run(tmp_path / "a.txt", tmp_path / "out", tokenizer=tokenizer, workers=1)
+    (tmp_path / "out" / "00000.ds").unlink()
+    run(tmp_path / "a.txt", tmp_path / "out", tokenizer=tokenizer, workers=1)
+    assert open_corpus(tmp_path / "out").num_tokens == 2  # what was lost is made again
     os.utime(tmp_path / "a.txt", (0, 0))
     with pytest.raises(ValueError, match="have changed"):
         run(tmp_path / "a.txt", tmp_path / "out", tokenizer=tokenizer)
@@ -220,6 +233,7 @@ def test_what_is_asked_for_wrongly_is_told_and_leaves_nothing(tmp_path: Path, to
     (tmp_path / "a.txt").write_text("w1")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "precious").touch()
+    (tmp_path / "file").touch()
     given = {"tokenizer": tokenizer}
     for out, options, match in (
         ("out", {}, "either tokenizer"),
@@ -236,6 +250,7 @@ def test_what_is_asked_for_wrongly_is_told_and_leaves_nothing(tmp_path: Path, to
         ("out", {"tokenizer": tmp_path}, "is no tokenizer"),
         ("out", {"tokenizer": tmp_path / "a.txt"}, "is no tokenizer"),
         ("full", given, "holds precious"),
+        ("file", given, "is a file"),
     ):
         with pytest.raises(ValueError, match=match):
             tokenize(tmp_path / "a.txt", tmp_path / out, **options)  # type: ignore[arg-type]

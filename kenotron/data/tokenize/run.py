@@ -15,7 +15,7 @@ from kenotron.data.tokenize import job as jobs
 from kenotron.data.tokenize.inputs import InputFile, Piece, cut, digest_of, find_inputs, shard_bytes_of
 from kenotron.data.tokenize.shards import Settings, ShardRecord
 from kenotron.data.tokenize.vocabulary import END_OF_TEXT, SMALLEST_VOCABULARY, Vocabulary, copy_tokenizer, read_vocabulary
-from kenotron.data.tokenize.workers import Task, WorkerDiedError, run_tasks, shard_task, train_task
+from kenotron.data.tokenize.workers import Task, WorkerError, run_tasks, shard_task, train_task
 
 #: A tokenizer is trained on so many bytes at most, taken evenly from all of the input; more change a vocabulary little.
 TRAINING_BYTES = 1 << 30
@@ -117,6 +117,8 @@ def tokenize(
     _check_tokenizer(tokenizer, train_tokenizer, append_eos, prepend_bos, eos_token)
     _check(workers, format, on_error, shard_bytes)
     folder = Path(out).expanduser().absolute()
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{out} is a file. Name a folder to make.")
     files = find_inputs(inputs, folder)
     num_workers = workers or len(os.sched_getaffinity(0))
     size = shard_bytes or shard_bytes_of(files)
@@ -151,12 +153,12 @@ def tokenize(
                 column=column,
                 skip=on_error == "skip",
             )
-            if record["complete"]:
+            if record["complete"] and all((folder / file["name"]).is_file() for file in record["files"]):
                 return _report(record, folder, files, len(record["files"]), started)
             finished = jobs.finished_shards(shards, settings)
             records = finished | _run(shards, finished, settings, num_workers, on_progress)
             record = jobs.finish(record, settings, vocabulary, shards, records)
-    except (OSError, WorkerDiedError) as error:
+    except (OSError, WorkerError) as error:
         raise TokenizeError(
             f"{error}. What is finished stays in {folder}: give the same command again when that is mended, and it goes on."
         ) from error

@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
+import signal
 import threading
+import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -13,15 +15,15 @@ from typing import Any
 
 from kenotron.data.tokenize.documents import Document, PieceReader
 from kenotron.data.tokenize.inputs import Piece
-from kenotron.data.tokenize.shards import Settings, tokenize_shard
+from kenotron.data.tokenize.shards import BadInputError, Settings, tokenize_shard
 from kenotron.data.tokenize.vocabulary import Encoder, train_tokenizer
 
 #: A task: the function and its arguments. It is given a function as well, which sends what it is called with.
 Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
 
-class WorkerDiedError(RuntimeError):
-    """A worker ended without a word: killed, by the system when memory was short perhaps."""
+class WorkerError(RuntimeError):
+    """A worker ended without a word (killed, by the system when memory was short perhaps), or a library of storage failed."""
 
 
 def run_tasks(tasks: list[Task], num_workers: int, num_threads: int) -> Iterator[tuple[int, str, Any]]:
@@ -33,7 +35,7 @@ def run_tasks(tasks: list[Task], num_workers: int, num_threads: int) -> Iterator
         tasks: begun in this order. num_workers: processes. num_threads: of ``tokenizers`` in each of them.
 
     Raises:
-        WorkerDiedError: a process is gone.
+        WorkerError: a process is gone, or a library has raised what can't be sent.
         Exception: what a task has raised.
     """
     # Not fork: tokenizers, Arrow and fsspec have threads, whose locks would be copied as they stand.
@@ -54,13 +56,7 @@ def run_tasks(tasks: list[Task], num_workers: int, num_threads: int) -> Iterator
         while running:
             for connection in wait(list(running)):
                 assert isinstance(connection, Connection)
-                try:
-                    kind, what = connection.recv()
-                except (EOFError, ConnectionResetError):
-                    raise WorkerDiedError(
-                        "a worker process ended without a word. If it was killed for memory, use fewer workers; if this is a "
-                        "script of yours, begin it under `if __name__ == '__main__':`"
-                    ) from None
+                kind, what = connection.recv()
                 if kind == "failed":
                     raise what
                 yield running[connection], kind, what
@@ -71,6 +67,11 @@ def run_tasks(tasks: list[Task], num_workers: int, num_threads: int) -> Iterator
                     else:
                         del running[connection]
                         connection.close()
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        raise WorkerError(
+            "a worker process ended without a word. If it was killed for memory, use fewer workers; if this is a script of "
+            "yours, call tokenize under `if __name__ == '__main__':`"
+        ) from None
     finally:
         for process in processes:
             process.terminate()
@@ -83,6 +84,7 @@ def _work(connection: Connection, num_threads: int) -> None:
     # The library's own settings; it reads them when it first encodes, and this process is ours.
     os.environ["TOKENIZERS_PARALLELISM"] = "true" if num_threads > 1 else "false"
     os.environ["RAYON_NUM_THREADS"] = str(num_threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends us
     threading.Thread(target=_die_with_parent, daemon=True).start()
     while True:
         try:
@@ -106,9 +108,15 @@ def _die_with_parent() -> None:
 
 def _that_can_be_sent(error: Exception) -> Exception:
     """Return an exception that another process can rebuild: those of storage libraries often can't be."""
-    if type(error).__module__ in ("builtins", "kenotron.data.tokenize.shards"):
+    if isinstance(error, (OSError, ImportError, BadInputError)) and type(error).__module__ in (
+        "builtins",
+        BadInputError.__module__,
+    ):
         return error
-    return RuntimeError(f"{type(error).__name__}: {error}")
+    error.add_note("".join(traceback.format_exception(error)))
+    if type(error).__module__ == "builtins":
+        return error
+    return WorkerError(f"{type(error).__name__}: {error}")
 
 
 # ---- Tasks ----------------------------------------------------------------------------------------------------------
