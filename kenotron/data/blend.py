@@ -11,12 +11,12 @@ form, and the order within a block is made when it is asked for. With weights w_
   begin (i-1)/w_j. ``_round`` does that.
 - *Within a block* the samples have their windows, cut at the block's ends, and an order exists: by Hall's theorem it does if no
   interval of places has more windows inside than places. Windows inside [s, e) number Σ_j max(0, ⌊e·w_j⌋ - ⌈s·w_j⌉), which is
-  at most e - s. If the interval begins with the block, at n, they are e - n - Φ + E, where Φ is the sum of the fractions of e·w_j,
-  and E counts early corpora whose window ends after e. The fractions of these alone sum, at e, to no less than their f_j did at
-  n, which is more than E - 1 by the rounding in the order of ends: so Φ, an integer, is at least E. An interval that ends with
-  the block is the mirror image of that, by the order of begins. And the whole block has as many samples as places, since a
-  block is at least 1/w_j long for each j, so that no corpus has had more where it begins than where it ends. The earliest end
-  first finds the order.
+  at most e - s. If the interval begins with the block, at n, they are e - n - Φ + E, where Φ is the sum of the fractions of
+  e·w_j, and E counts early corpora whose window ends after e. The fractions of these alone sum, at e, to no less than their
+  f_j did at n, which is more than E - 1 by the rounding in the order of ends: so Φ, an integer, is at least E. An interval that
+  ends with the block is the mirror image of that, by the order of begins. And the whole block has as many samples as places,
+  since a block is at least 1/w_j long for each j, so that no corpus has had more where it begins than where it ends. The
+  earliest end first finds the order.
 """
 
 from __future__ import annotations
