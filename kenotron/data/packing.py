@@ -86,7 +86,7 @@ class Packing:
                 out.put(row, place, self._source.read(start, start + rest + 1))
                 out.begins[row, place] = True
                 place += rest
-            out.begins[row, place : place + 1] = True
+            out.end(row, place)
 
     def _pack(self, indices: list[int]) -> dict[int, _Group]:
         """Return how groups are packed."""

@@ -10,7 +10,7 @@ IGNORED = -100  # the label of positions without one, as torch's and transformer
 
 
 class Rows:
-    """The rows of a batch, to be filled.
+    """The rows of a batch, each to be filled: ``put`` runs of tokens, then ``end``.
 
     Args:
         count: of samples. sequence_length: positions of each. pad_token_id: stands where there is no token.
@@ -23,15 +23,25 @@ class Rows:
     """
 
     def __init__(self, count: int, sequence_length: int, pad_token_id: int, mark_documents: bool) -> None:
-        self.input_ids = np.full((count, sequence_length), pad_token_id, dtype=np.int64)
-        self.shift_labels = np.full((count, sequence_length), IGNORED, dtype=np.int64)
+        # Uninitialised: most rows are full, and writing them twice is half of what a batch costs.
+        self.input_ids = np.empty((count, sequence_length), dtype=np.int64)
+        self.shift_labels = np.empty((count, sequence_length), dtype=np.int64)
         self.begins = np.zeros((count, sequence_length), dtype=bool) if mark_documents else None
+        self._pad_token_id = pad_token_id
 
     def put(self, row: int, place: int, tokens: np.ndarray) -> None:
         """Write a run of n + 1 tokens into n positions: each token but the last, with the one that follows it."""
         stop = place + len(tokens) - 1
         self.input_ids[row, place:stop] = tokens[:-1]
         self.shift_labels[row, place:stop] = tokens[1:]
+
+    def end(self, row: int, place: int) -> None:
+        """Fill what is left of a row from ``place`` on: padding without labels, which is a document of its own."""
+        if place < self.input_ids.shape[1]:
+            self.input_ids[row, place:] = self._pad_token_id
+            self.shift_labels[row, place:] = IGNORED
+            if self.begins is not None:
+                self.begins[row, place] = True
 
     def batch(self) -> dict[str, np.ndarray]:
         """Return the batch as models take it.
@@ -41,7 +51,8 @@ class Rows:
         ``shift_labels`` when they are given both. ``position_ids`` are there where documents are marked; they begin anew with
         each, which is how these models keep documents apart.
         """
-        labels = np.full_like(self.shift_labels, IGNORED)
+        labels = np.empty_like(self.shift_labels)
+        labels[:, 0] = IGNORED
         labels[:, 1:] = self.shift_labels[:, :-1]
         found = {"input_ids": self.input_ids, "labels": labels, "shift_labels": self.shift_labels}
         if self.begins is not None:

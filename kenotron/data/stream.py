@@ -25,6 +25,8 @@ from kenotron.data.windows import Windows
 
 Kind = Literal["windows", "documents"]
 
+_AT_ONCE = 256  # samples whose places in a pass are computed together: one alone takes nearly as long
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
@@ -118,10 +120,11 @@ class Stream:
         self._make_caches()
 
     def _make_caches(self) -> None:
-        self._permutation = lru_cache(maxsize=64)(Permutation)
+        self._shuffled = lru_cache(maxsize=64)(_shuffled)
+        self._phase = lru_cache(maxsize=64)(_phase)
 
     def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name != "_permutation"}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_shuffled", "_phase")}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         self.__dict__.update(state)
@@ -137,7 +140,7 @@ class Stream:
         out = self.sampling.rows(count, segment.sequence_length)
         names = list(segment.weights)
         corpora, places = self._blends[index].locate(np.arange(first, first + count) - segment.mix_start)
-        for corpus in np.unique(corpora).tolist():
+        for corpus in set(corpora.tolist()):
             name, rows = names[corpus], np.flatnonzero(corpora == corpus)
             self._fill(out, rows, name, segment.sequence_length, places[rows] + self._before[index][name])
         return out.batch()
@@ -152,14 +155,20 @@ class Stream:
         """Write the samples at ``places`` in a corpus' endless order."""
         samples, seed = self._samples[name, length], self.sampling.seed
         passes, numbers = np.divmod(places, samples.num_samples)
-        for one in np.unique(passes).tolist():
+        for one in set(passes.tolist()):
             here = passes == one
-            chosen, phase = numbers[here], 0
-            if self.sampling.shuffle:
-                chosen = self._permutation(samples.num_samples, seed, name, length, one)(chosen)
-            if self.sampling.shift_windows:
-                phase = int.from_bytes(digest("phase", seed, name, length, one)[:8], "little")
-            samples.fill(out, rows[here], chosen, phase)
+            key = seed, name, length, one
+            chosen = self._order(samples.num_samples, numbers[here], key) if self.sampling.shuffle else numbers[here]
+            samples.fill(out, rows[here], chosen, self._phase(*key) if self.sampling.shift_windows else 0)
+
+    def _order(self, num_samples: int, places: np.ndarray, key: tuple[int | str, ...]) -> np.ndarray:
+        """Return which samples of a corpus stand at ``places`` of a pass. A run asks for neighbours, which come together."""
+        blocks, rests = np.divmod(places, _AT_ONCE)
+        found = np.empty_like(places)
+        for block in set(blocks.tolist()):
+            here = blocks == block
+            found[here] = self._shuffled(num_samples, block, *key)[rests[here]]
+        return found
 
     # -------------------------------------------------------------------------------------------------- consumption
 
@@ -202,3 +211,14 @@ class Stream:
             tokens = sum(length * count for length, count in of_name)
             found[name] = Consumed(sum(count for _, count in of_name), tokens, tokens / max(source.num_tokens - 1, 1))
         return found
+
+
+def _shuffled(num_samples: int, block: int, *key: int | str) -> np.ndarray:
+    """Return a block of the order of a pass: int64 of shape (256,), less at the end."""
+    places = np.arange(block * _AT_ONCE, min((block + 1) * _AT_ONCE, num_samples))
+    return Permutation(num_samples, *key)(places)
+
+
+def _phase(*key: int | str) -> int:
+    """Return where a pass cuts windows."""
+    return int.from_bytes(digest("phase", *key)[:8], "little")

@@ -52,8 +52,7 @@ class Windows:
                 if self._mask:
                     self._mark(out, row, place, start, stop)
                 place += stop - start
-            if out.begins is not None:
-                out.begins[row, place : place + 1] = True  # padding, if there is any, is a document of its own
+            out.end(row, place)
 
     def _pieces(self, number: int, phase: int) -> list[tuple[int, int]]:
         """Return which pairs a window has: one run, or the corpus' last ones and its first ones."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import kenotron
+from kenotron.callbacks import Perplexity
 from kenotron.data.loader import Loading
 from kenotron.data.source import ArraySource
 from kenotron.data.stream import Sampling
@@ -81,6 +82,17 @@ class Llama(Plain):
         return loss
 
 
+class Judged(Llama):
+    """Tells the loss of its validation."""
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:  # type: ignore[override]
+        loss: Tensor = self.model(**batch, use_cache=False).loss
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.0)  # a mean over ranks' means would differ with their labels
+
+
 class Watch(L.Callback):
     """Saves after one batch and ends the process after another; keeps the losses."""
 
@@ -120,13 +132,15 @@ def train(
     if isinstance(strategy, dict):
         strategy = kenotron.KenotronStrategy(**strategy)
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    callbacks = [Watch(path, save_at, kill_at), *([Perplexity()] if module is Judged else [])]
     made = L.Trainer(
-        strategy=strategy, accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), max_steps=steps,
-        callbacks=[Watch(path, save_at, kill_at)], **{**quiet, "limit_val_batches": 0, **dict(trainer)},
+        strategy=strategy, accelerator="cpu", devices=int(os.environ["WORLD_SIZE"]), max_steps=steps, callbacks=callbacks,
+        **{**quiet, "limit_val_batches": 0, **dict(trainer)},
     )  # fmt: skip
     trained = module()
     made.fit(trained, datamodule=token_data(batch, **dict(data)), ckpt_path=path if resume else None)
-    return {"seen": trained.seen, "validated": trained.validated, "losses": trained.losses}
+    metrics = {name: float(value) for name, value in made.callback_metrics.items()}
+    return {"seen": trained.seen, "validated": trained.validated, "losses": trained.losses, "metrics": metrics}
 
 
 def sequence(ranks: list[dict[str, Any]], batch: int, accumulate: int = 1) -> list[int]:
@@ -204,6 +218,16 @@ def test_each_validation_sample_is_on_one_rank_and_all_have_as_many_batches(pool
             again.remove(start)  # each is there
         assert set(again) <= {starts[-1]}  # and the last one where a rank would have none
         assert len(again) < 3
+
+
+def test_perplexity_does_not_depend_on_the_layout(pool: RankPool) -> None:
+    once = {"limit_val_batches": 1.0, "num_sanity_val_steps": 0, "val_check_interval": 1}
+    data = {"validation": {"v": ArraySource("v", [np.arange(50), np.arange(3, 60)])}, "val_batch_size": 2}
+    values = [
+        pool.run(train, ranks, layout, 1, 6, module=Judged, data=data, trainer=once)[-1]["metrics"]["perplexity/v"]
+        for ranks, layout in ((1, "auto"), (3, {}), (2, {"pp": 2}), (2, {"tp": 2}))
+    ]
+    assert np.allclose(values, values[0], rtol=1e-5)
 
 
 def test_a_batch_that_ranks_cannot_share_is_refused(pool: RankPool) -> None:
