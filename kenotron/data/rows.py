@@ -19,6 +19,7 @@ class Rows:
     Attributes:
         input_ids: int64 of shape (count, sequence_length).
         shift_labels: int64 of that shape: the token that follows each position; -100 where none is to be learned.
+        labels: int64 of that shape: the same, one position later, for a model that shifts by itself; -100 at the first.
         begins: bool of that shape: where a document (or padding) begins; ``None`` without ``mark_documents``.
     """
 
@@ -26,6 +27,8 @@ class Rows:
         # Uninitialised: most rows are full, and writing them twice is half of what a batch costs.
         self.input_ids = np.empty((count, sequence_length), dtype=np.int64)
         self.shift_labels = np.empty((count, sequence_length), dtype=np.int64)
+        self.labels = np.empty((count, sequence_length), dtype=np.int64)
+        self.labels[:, 0] = IGNORED
         self.begins = np.zeros((count, sequence_length), dtype=bool) if mark_documents else None
         self._pad_token_id = pad_token_id
 
@@ -34,12 +37,20 @@ class Rows:
         stop = place + len(tokens) - 1
         self.input_ids[row, place:stop] = tokens[:-1]
         self.shift_labels[row, place:stop] = tokens[1:]
+        later = self.labels[row, place + 1 : stop + 1]
+        later[:] = tokens[1 : len(later) + 1]
+
+    def ignore(self, row: int, places: np.ndarray) -> None:
+        """Let nothing be learned at places of a row (int64)."""
+        self.shift_labels[row, places] = IGNORED
+        self.labels[row, places[places < self.labels.shape[1] - 1] + 1] = IGNORED
 
     def end(self, row: int, place: int) -> None:
         """Fill what is left of a row from ``place`` on: padding without labels, which is a document of its own."""
         if place < self.input_ids.shape[1]:
             self.input_ids[row, place:] = self._pad_token_id
             self.shift_labels[row, place:] = IGNORED
+            self.labels[row, place + 1 :] = IGNORED
             if self.begins is not None:
                 self.begins[row, place] = True
 
@@ -51,10 +62,7 @@ class Rows:
         ``shift_labels`` when they are given both. ``position_ids`` are there where documents are marked; they begin anew with
         each, which is how these models keep documents apart.
         """
-        labels = np.empty_like(self.shift_labels)
-        labels[:, 0] = IGNORED
-        labels[:, 1:] = self.shift_labels[:, :-1]
-        found = {"input_ids": self.input_ids, "labels": labels, "shift_labels": self.shift_labels}
+        found = {"input_ids": self.input_ids, "labels": self.labels, "shift_labels": self.shift_labels}
         if self.begins is not None:
             places = np.arange(self.input_ids.shape[1])
             found["position_ids"] = places - np.maximum.accumulate(np.where(self.begins, places, 0), axis=1)

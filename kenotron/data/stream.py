@@ -25,7 +25,7 @@ from kenotron.data.windows import Windows
 
 Kind = Literal["windows", "documents"]
 
-_AT_ONCE = 256  # samples whose places in a pass are computed together: one alone takes nearly as long
+_AT_ONCE = 1024  # samples whose places in a pass are computed together: one alone takes nearly as long
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +214,7 @@ class Stream:
 
 
 def _shuffled(num_samples: int, block: int, *key: int | str) -> np.ndarray:
-    """Return a block of the order of a pass: int64 of shape (256,), less at the end."""
+    """Return a block of the order of a pass: int64 of shape (1024,), less at the end."""
     places = np.arange(block * _AT_ONCE, min((block + 1) * _AT_ONCE, num_samples))
     return Permutation(num_samples, *key)(places)
 

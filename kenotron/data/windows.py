@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from kenotron.data.rows import IGNORED, Rows
+from kenotron.data.rows import Rows
 from kenotron.data.source import TokenSource
 
 _ENDS_AT_ONCE = 256  # of documents looked up at a time
@@ -75,7 +75,7 @@ class Windows:
         assert out.begins is not None
         out.begins[row, place] = True
         begins = document_begins(self._source, start + 1, stop + 1) - start
-        out.shift_labels[row, place + begins - 1] = IGNORED
+        out.ignore(row, place + begins - 1)
         out.begins[row, place + begins[begins < stop - start]] = True
 
 
