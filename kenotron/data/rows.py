@@ -15,21 +15,27 @@ class Rows:
     Args:
         count: of samples. sequence_length: positions of each. pad_token_id: stands where there is no token.
         mark_documents: keep where documents begin, so that positions begin anew there.
+        restart_positions: otherwise documents are only marked.
 
     Attributes:
         input_ids: int64 of shape (count, sequence_length).
         shift_labels: int64 of that shape: the token that follows each position; -100 where none is to be learned.
         labels: int64 of that shape: the same, one position later, for a model that shifts by itself; -100 at the first.
-        begins: bool of that shape: where a document (or padding) begins; ``None`` without ``mark_documents``.
+        begins: bool of shape (count, sequence_length + 1): where a document (or padding) begins, the last label included; ``None``
+            without ``mark_documents``.
+        restarts_positions: whether positions begin anew with documents.
     """
 
-    def __init__(self, count: int, sequence_length: int, pad_token_id: int, mark_documents: bool) -> None:
+    def __init__(
+        self, count: int, sequence_length: int, pad_token_id: int, mark_documents: bool, restart_positions: bool = True
+    ) -> None:
         # Uninitialised: most rows are full, and writing them twice is half of what a batch costs.
         self.input_ids = np.empty((count, sequence_length), dtype=np.int64)
         self.shift_labels = np.empty((count, sequence_length), dtype=np.int64)
         self.labels = np.empty((count, sequence_length), dtype=np.int64)
         self.labels[:, 0] = IGNORED
-        self.begins = np.zeros((count, sequence_length), dtype=bool) if mark_documents else None
+        self.begins = np.zeros((count, sequence_length + 1), dtype=bool) if mark_documents else None
+        self.restarts_positions = mark_documents and restart_positions
         self._pad_token_id = pad_token_id
 
     def put(self, row: int, place: int, tokens: np.ndarray) -> None:
@@ -63,9 +69,10 @@ class Rows:
         each, which is how these models keep documents apart.
         """
         found = {"input_ids": self.input_ids, "labels": self.labels, "shift_labels": self.shift_labels}
-        if self.begins is not None:
+        if self.restarts_positions:
+            assert self.begins is not None
             places = np.arange(self.input_ids.shape[1])
-            found["position_ids"] = places - np.maximum.accumulate(np.where(self.begins, places, 0), axis=1)
+            found["position_ids"] = places - np.maximum.accumulate(np.where(self.begins[:, :-1], places, 0), axis=1)
         return found
 
 

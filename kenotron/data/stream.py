@@ -16,6 +16,7 @@ from typing import Literal
 import numpy as np
 
 from kenotron.data.blend import Blend
+from kenotron.data.fim import Infiller
 from kenotron.data.packing import Packing
 from kenotron.data.permutation import Permutation, digest
 from kenotron.data.rows import Rows, Samples
@@ -64,9 +65,10 @@ class Sampling:
             return Packing(source, sequence_length, cache=cache)
         return Windows(source, sequence_length, mask_documents=self.mask_documents)
 
-    def rows(self, count: int, sequence_length: int) -> Rows:
-        """Return a batch to be filled."""
-        return Rows(count, sequence_length, self.pad_token_id, self.samples == "documents" or self.mask_documents)
+    def rows(self, count: int, sequence_length: int, *, mark_documents: bool = False) -> Rows:
+        """Return a batch to be filled; ``mark_documents``: also where they may see each other."""
+        apart = self.samples == "documents" or self.mask_documents
+        return Rows(count, sequence_length, self.pad_token_id, apart or mark_documents, apart)
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,7 @@ class Stream:
         sources: the corpora by name. segments: of the run. sampling: how they become samples.
         first: the sample from which on batches are wanted; what is before it is only counted.
         cut: returns a corpus, by its name, as samples of a length; ``None``: as ``sampling`` does.
+        infiller: rearranges documents in samples.
 
     Raises:
         ValueError: a segment names a corpus that is not there, or a corpus has nothing to train on.
@@ -101,6 +104,7 @@ class Stream:
         sampling: Sampling,
         first: int = 0,
         cut: Callable[[str, int], Samples] | None = None,
+        infiller: Infiller | None = None,
     ) -> None:
         ahead = segments[at_sample(segments, first) :]
         for segment in ahead:
@@ -111,7 +115,7 @@ class Stream:
                     f"{', '.join(sources)}. Name it among the corpora."
                 )
         self.segments, self.sampling = tuple(segments), sampling
-        self._sources = dict(sources)
+        self._sources, self._infiller = dict(sources), infiller
         self._blends = [Blend(list(segment.weights.values())) for segment in segments]
         wanted = {(name, segment.sequence_length) for segment in ahead for name in segment.weights}
         cut = cut or (lambda name, length: sampling.cut(sources[name], length))
@@ -137,12 +141,14 @@ class Stream:
         """
         index = at_sample(self.segments, first)
         segment = self.segments[index]
-        out = self.sampling.rows(count, segment.sequence_length)
+        out = self.sampling.rows(count, segment.sequence_length, mark_documents=self._infiller is not None)
         names = list(segment.weights)
         corpora, places = self._blends[index].locate(np.arange(first, first + count) - segment.mix_start)
         for corpus in set(corpora.tolist()):
             name, rows = names[corpus], np.flatnonzero(corpora == corpus)
             self._fill(out, rows, name, segment.sequence_length, places[rows] + self._before[index][name])
+        if self._infiller is not None:
+            self._infiller.apply(out, first)
         return out.batch()
 
     def corpora_of(self, first: int, count: int) -> list[str]:

@@ -49,7 +49,7 @@ class Windows:
             for start, stop in self._pieces(number, phase):
                 tokens = self._source.read(start, stop + 1)
                 out.put(row, place, tokens)
-                if self._mask:
+                if out.begins is not None:
                     self._mark(out, row, place, start, stop)
                 place += stop - start
             out.end(row, place)
@@ -71,12 +71,13 @@ class Windows:
         return [last]
 
     def _mark(self, out: Rows, row: int, place: int, start: int, stop: int) -> None:
-        """Mark where documents begin among the tokens [start, stop), and take the label from the last token of each."""
+        """Mark where documents begin among the tokens [start, stop]; to keep them apart, take the label from the last of each."""
         assert out.begins is not None
         out.begins[row, place] = True
         begins = document_begins(self._source, start + 1, stop + 1) - start
-        out.ignore(row, place + begins - 1)
-        out.begins[row, place + begins[begins < stop - start]] = True
+        if self._mask:
+            out.ignore(row, place + begins - 1)
+        out.begins[row, place + begins] = True
 
 
 def check_sequence_length(sequence_length: int) -> None:
