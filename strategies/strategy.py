@@ -27,6 +27,7 @@ from torchmetrics import Metric
 
 from kenotron.checkpoint import Checkpointer, Nodes, check_sharing, recover, remove_leftovers
 from kenotron.layout import ParallelLayout, ZeroStage
+from kenotron.optim.placement import Placement, ShardAware, check_optimizer
 from kenotron.parallel import pipeline as pipelines
 from kenotron.parallel._torch import default_store, flatten
 from kenotron.parallel.apply import Parallelized, Request, parallelize
@@ -254,7 +255,11 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
 
     def setup_optimizers(self, trainer: Any) -> None:
         super().setup_optimizers(trainer)
+        assert self._done is not None
         for optimizer in self.optimizers:
+            check_optimizer(optimizer, self.layout)
+            if isinstance(optimizer, ShardAware):
+                optimizer.bind(Placement.of(self._done, self._mesh))
             mixed = {isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"] if p.numel()}
             if len(mixed) > 1:  # scalars are not sharded: no single multi-tensor kernel takes both kinds
                 for group in optimizer.param_groups:
