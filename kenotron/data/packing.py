@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from kenotron.data.masked import ignore_unlearned
 from kenotron.data.permutation import digest
 from kenotron.data.rows import Rows
 from kenotron.data.source import TokenSource
@@ -77,6 +78,7 @@ class Packing:
                 piece = number - (int(group.whole[document - 1]) if document else 0)
                 start = int(group.starts[document]) + piece * self._length
                 out.put(row, 0, self._source.read(start, start + self._length + 1))
+                ignore_unlearned(out, row, 0, self._source, start, start + self._length + 1)
                 out.begins[row, 0] = True
                 continue
             place = 0
@@ -84,6 +86,7 @@ class Packing:
             for document in np.flatnonzero(group.bins == number - group.whole[-1]).tolist():
                 start, rest = int(group.starts[document] + whole[document] * self._length), int(group.rests[document])
                 out.put(row, place, self._source.read(start, start + rest + 1))
+                ignore_unlearned(out, row, place, self._source, start, start + rest + 1)
                 out.begins[row, place] = True
                 place += rest
             out.end(row, place)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from kenotron.data.masked import ignore_unlearned
 from kenotron.data.rows import Rows
 from kenotron.data.source import TokenSource
 
@@ -49,6 +50,7 @@ class Windows:
             for start, stop in self._pieces(number, phase):
                 tokens = self._source.read(start, stop + 1)
                 out.put(row, place, tokens)
+                ignore_unlearned(out, row, place, self._source, start, stop + 1)
                 if out.begins is not None:
                     self._mark(out, row, place, start, stop)
                 place += stop - start
