@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kenotron.hf import from_checkpoint, from_hf
     from kenotron.layout import ParallelLayout
     from kenotron.parallel.plan import ParallelPlan
+    from kenotron.parallel.recompute import Recompute
     from kenotron.strategies import KenotronStrategy
     from kenotron.tasks import TokenData
 
@@ -25,6 +26,7 @@ _PUBLIC = {
     "KenotronStrategy": "kenotron.strategies",
     "ParallelLayout": "kenotron.layout",
     "ParallelPlan": "kenotron.parallel.plan",
+    "Recompute": "kenotron.parallel.recompute",
     "TokenData": "kenotron.tasks",
     "from_checkpoint": "kenotron.hf",
     "from_hf": "kenotron.hf",
@@ -35,6 +37,7 @@ __all__ = [
     "KenotronStrategy",
     "ParallelLayout",
     "ParallelPlan",
+    "Recompute",
     "TokenData",
     "__version__",
     "from_checkpoint",

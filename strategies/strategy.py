@@ -36,6 +36,7 @@ from kenotron.parallel.grads import local
 from kenotron.parallel.init import deferring
 from kenotron.parallel.plan import ParallelPlan, transformers_models
 from kenotron.parallel.random import RandomStreams
+from kenotron.parallel.recompute import Recompute, RecomputeMode
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.checkpointing import check_path
@@ -77,6 +78,9 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         context: how attention reaches over cp ranks: ``"ring"`` passes keys and values around, ``"ulysses"`` exchanges parts of
             the sequence for heads.
         capacity_factor: an expert takes so many times its even share of a rank's tokens, and drops the rest; ``None``: all.
+        recompute: what blocks keep for the backward pass: ``"none"`` (everything), ``"full"`` (their inputs), ``"selective"``
+            (matrix products and attention), or a ``Recompute`` with every n-th block, operators, a budget, offloading.
+        compile: let torch compile each block.
         plan: what becomes of each module, as a ``ParallelPlan`` or a mapping of name patterns to styles.
         process_group, checkpoint: further settings.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in Lightning's strategies.
@@ -101,6 +105,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         blocks: str | None = None,
         context: ContextKind = "ring",
         capacity_factor: float | None = None,
+        recompute: RecomputeMode | Recompute = "none",
+        compile: bool = False,
         plan: ParallelPlan | Mapping[str, str] | None = None,
         *,
         process_group: ProcessGroupSettings | None = None,
@@ -126,6 +132,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._schedule, self._virtual_stages, self._microbatches = schedule, virtual_stages, microbatches
         self._sequence_parallel, self._blocks, self._plan = sequence_parallel, blocks, ParallelPlan.of(plan)
         self._context, self._capacity_factor = context, capacity_factor
+        self._recompute, self._compile = Recompute.of(recompute), compile
         self._group_settings = process_group or ProcessGroupSettings()
         self._checkpoint_settings = checkpoint or CheckpointSettings()
         self._held_checkpointer: Checkpointer | None = None
@@ -334,6 +341,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             sequence_parallel=self._sequence_parallel,
             context=self._context,
             capacity_factor=self._capacity_factor,
+            recompute=self._recompute,
+            compile=self._compile,
             manual_optimization=not module.automatic_optimization,
         )
         if self._layer_sync is not None and self.is_distributed:

@@ -53,7 +53,10 @@ def test_dependencies_point_down(floor: str) -> None:
 
 def test_parallelism_is_applied_in_one_order() -> None:
     source = inspect.getsource(apply.parallelize)
-    steps = ["_cut(", "_tensor_parallel(", "_data_parallel(", "init.materialize("]
+    steps = [
+        "_cut(", "_expert_parallel(", "_tensor_parallel(", "_context_parallel(", "_recompute_and_compile(", "_data_parallel(",
+        "init.materialize(", "_average_gradients(",
+    ]  # fmt: skip
     assert [source.index(step) for step in steps] == sorted(source.index(step) for step in steps)
 
 

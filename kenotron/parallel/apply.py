@@ -2,7 +2,7 @@
 
 cut (PP) → experts (EP) → tensor (TP/SP) → context (CP) → recompute → compile → shard (DP) → materialise → load
 
-Recompute and compile are the user's own calls on blocks, made before.
+Of what is not sharded gradients are averaged, once it is made.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from kenotron.parallel.expert import ExpertParallel
 from kenotron.parallel.expert_load import ExpertLoads
 from kenotron.parallel.grads import GradientNorm, OwedSums
 from kenotron.parallel.plan import ParallelPlan, find_plan, pipeline_hints
+from kenotron.parallel.recompute import Recompute, compile_blocks
 from kenotron.parallel.shards import Shards, canonical, empty_parameter
 
 
@@ -39,6 +40,7 @@ class Request:
         layout: resolved. plan: the user's, if any. blocks: the user's name of the block list, if any.
         schedule, virtual_stages, sequence_parallel: as in ``KenotronStrategy``.
         capacity_factor: as in ``ExpertParallel``. context: as ``ContextParallel.kind``.
+        recompute: what blocks keep for the backward pass. compile: whether they are compiled.
         manual_optimization: updates happen inside the step.
         device: of this rank. seed: for weights that are made here.
     """
@@ -53,6 +55,8 @@ class Request:
     sequence_parallel: bool = False
     capacity_factor: float | None = None
     context: ContextKind = "ring"
+    recompute: Recompute = field(default_factory=Recompute)
+    compile: bool = False
     manual_optimization: bool = False
 
 
@@ -147,17 +151,21 @@ def parallelize(
     if expert_mesh is not None:
         expert.check_experts(root, experts, layout.ep)
     calls = {canonical(name): expert.call_of(module) for name, module in experts.items()}
+    blocks = _blocks(root, plan, request)
     if mesh is not None:
         init.broadcast_weights(root, request.device)
-        blocks = _blocks(root, plan, request)
         pp_groups = _cut(done, mesh, plan, blocks, request)
         _expert_parallel(done, expert_mesh, list(experts), request)
         kv_groups = _tensor_parallel(done, mesh, plan, blocks, request)
         _context_parallel(done, mesh, request)
+    _recompute_and_compile(done, blocks, request)
+    if mesh is not None:
         _data_parallel(done, mesh, expert_mesh, blocks, request)
         done.owed = OwedSums(shards, mesh["tp"].get_group(), kv_groups, pp_groups)
     init.materialize(root, shards, aliases, request.seed, request.device)
     _move(root, request.device)
+    if mesh is not None:
+        _average_gradients(done, mesh, expert_mesh)
     if experts:
         done.loads = ExpertLoads(root, calls, request.device)
     if done.experts is not None:
@@ -171,7 +179,7 @@ def _blocks(root: nn.Module, plan: ParallelPlan | None, request: Request) -> str
     """Return the name of the block list where an axis needs it (and for ZeRO where it is known)."""
     named = request.blocks or (plan.blocks if plan else None)
     hints = pipeline_hints(root)
-    if request.layout.pp > 1 or request.sequence_parallel:
+    if request.layout.pp > 1 or request.sequence_parallel or request.recompute or request.compile:
         return stages.find_blocks(root, named, hints)
     return stages.find_blocks(root, named, hints) if named or hints else None
 
@@ -322,6 +330,17 @@ def _context_parallel(done: Parallelized, mesh: DeviceMesh, request: Request) ->
     context.apply(done.root)
 
 
+def _recompute_and_compile(done: Parallelized, blocks: str | None, request: Request) -> None:
+    """Blocks: what they keep for the backward pass, and graphs of them."""
+    if not request.recompute and not request.compile:
+        return
+    assert blocks is not None
+    children = list(done.root.get_submodule(blocks).children())
+    request.recompute.apply(children)
+    if request.compile:
+        compile_blocks([block for block in children if any(p.numel() for p in block.parameters())])
+
+
 def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     """Return the ranks over which gradients are averaged."""
     group: dist.ProcessGroup = flatten(mesh, "dp_replicate", "dp_shard", "cp", name="dp_cp").get_group()
@@ -331,38 +350,43 @@ def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
 def _data_parallel(
     done: Parallelized, mesh: DeviceMesh, expert_mesh: DeviceMesh | None, blocks: str | None, request: Request
 ) -> None:
-    layout, root = request.layout, done.root
-    replicas = layout.dp_size * layout.cp
-    if replicas == 1:
+    layout = request.layout
+    if layout.dp_size * layout.cp == 1:
         return
     if request.schedule in pipeline.SPLITS_BACKWARD and layout.pp > 1 and layout.zero_stage and layout.dp_shard > 1:
         raise ValueError(
             f"schedule={request.schedule!r} computes weight gradients outside of autograd, where FSDP2 does not see them. Set "
             "zero_stage=0, or schedule='interleaved_1f1b'."
         )
-    group = data_group(mesh)
     if layout.zero_stage and layout.dp_shard * layout.cp > 1:
-        _fully_shard(done, mesh, expert_mesh, group, blocks, request)
+        _fully_shard(done, mesh, expert_mesh, blocks, request)
+
+
+def _average_gradients(done: Parallelized, mesh: DeviceMesh, expert_mesh: DeviceMesh | None) -> None:
+    """Average the gradients of what FSDP2 does not shard. The parameters must be those that will be trained."""
+    layout, root = done.layout, done.root
+    replicas = layout.dp_size * layout.cp
+    if replicas == 1:
+        return
+    if done.sharded is not None:
+        scalars = [p for p in root.parameters() if p.ndim == 0]
+        if scalars:
+            done.reducers.append(GradientReducer(scalars, data_group(mesh)))
         return
     spread = _expert_parameters(done)
-    done.reducers.append(GradientReducer([p for p in root.parameters() if p.numel() and p not in spread], group))
+    done.reducers.append(GradientReducer([p for p in root.parameters() if p.numel() and p not in spread], data_group(mesh)))
     if expert_mesh is not None:
         same = flatten(expert_mesh, "dp_replicate", "expert_shard", name="expert_dp").get_group()
         done.reducers.append(GradientReducer(spread, same, divisor=replicas))
 
 
 def _fully_shard(
-    done: Parallelized,
-    mesh: DeviceMesh,
-    expert_mesh: DeviceMesh | None,
-    group: dist.ProcessGroup,
-    blocks: str | None,
-    request: Request,
+    done: Parallelized, mesh: DeviceMesh, expert_mesh: DeviceMesh | None, blocks: str | None, request: Request
 ) -> None:
-    """ZeRO 1 to 3. What FSDP2 can't shard is averaged over ``group``."""
+    """ZeRO 1 to 3."""
     layout, root = request.layout, done.root
-    scalars = [p for p in root.parameters() if p.ndim == 0]
-    ignored = {p for p in root.parameters() if p.numel() == 0} | set(scalars)  # empty ones belong to other stages
+    # Scalars can't be sharded; empty ones belong to other stages.
+    ignored = {p for p in root.parameters() if p.numel() == 0 or p.ndim == 0}
     shard = flatten(mesh, "dp_shard", "cp", name="dp_shard_cp")
     fsdp_mesh = mesh["dp_replicate", "dp_shard_cp"] if layout.dp_replicate > 1 else shard
     layers = layers_to_shard(root, blocks, request.manual_optimization)
@@ -379,8 +403,6 @@ def _fully_shard(
         over = expert_mesh["dp_replicate", "expert_shard"] if layout.dp_replicate > 1 else expert_mesh["expert_shard"]
     layers = [layer for layer in layers if layer not in tied]
     done.sharded = FullySharded(root, layers, fsdp_mesh, layout.zero_stage, ignored, experts, over)
-    if scalars:
-        done.reducers.append(GradientReducer(scalars, group))
 
 
 def _expert_parameters(done: Parallelized) -> dict[nn.Parameter, None]:

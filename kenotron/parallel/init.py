@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, Protocol
 
@@ -37,6 +37,7 @@ class StoredWeights(Protocol):
 
 
 _STORED = "_kenotron_weights"
+_INITIALISER = "_kenotron_initialiser"
 _is_deferring = ContextVar("_is_deferring", default=False)
 
 
@@ -70,6 +71,23 @@ def attach(model: nn.Module, weights: StoredWeights) -> None:
         with torch.device("cpu"):
             aliases = {name: first for first, *others in names_of_parameters(model).values() for name in others}
             materialize(model, Shards(), aliases, 0, torch.device("cpu"))
+
+
+def set_initialiser(module: nn.Module, fill: Callable[[nn.Module], None]) -> None:
+    """Let ``fill`` have the last word on the initial parameters of one module: at once, or when they are made.
+
+    Args:
+        fill: changes the parameters of the module that it is given (a copy of this one, at full size) in place, after that
+            module's own initialiser. It takes random numbers from torch's default generator.
+    """
+    module.__dict__[_INITIALISER] = fill
+    if not any(p.is_meta for p in module.parameters(recurse=False)):
+        fill(module)
+
+
+def has_initialiser(module: nn.Module) -> bool:
+    """Tell whether `set_initialiser` was called for a module."""
+    return _INITIALISER in module.__dict__
 
 
 def names_of_parameters(root: nn.Module) -> dict[int, list[str]]:
@@ -226,6 +244,8 @@ def _initial_values(
         # Where an initialiser from outside does not know a module, it leaves it to itself.
         if callable(reset) and all(torch.isnan(model._parameters[key].view(-1)[0]) for key in shards):  # type: ignore[union-attr]
             reset()
+        if _INITIALISER in module.__dict__:
+            module.__dict__[_INITIALISER](model)
     values: dict[str, Tensor] = {k: v for k, v in {**model._parameters, **model._buffers}.items() if v is not None}
     for key in shards:
         if torch.isnan(values[key].view(-1)[0]):

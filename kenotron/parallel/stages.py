@@ -59,8 +59,8 @@ def find_blocks(root: nn.Module, blocks: str | None = None, hints: Sequence[str]
     outermost = lists_of_like_layers(root)
     if not outermost:
         raise ValueError(
-            "no block list found: pp > 1 needs one nn.ModuleList (or Sequential) of at least two layers of the same class, "
-            "with parameters. Set blocks='name.of.the.list', or pp=1."
+            "no block list found: pp > 1, sequence_parallel, recompute and compile need one nn.ModuleList (or Sequential) of "
+            "at least two layers of the same class, with parameters. Set blocks='name.of.the.list', or leave them out."
         )
     sizes = {name: sum(p.numel() for p in lists[name].parameters()) for name in outermost}
     best = max(sizes, key=lambda name: sizes[name])
