@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+from kenotron.optim.coordinates import Coordinate, coordinate_check, growth
 from kenotron.optim.groups import Rule, muon_groups, parameter_groups
 from kenotron.optim.muon import Muon
+from kenotron.optim.parametrisation import Parametrised, parametrise, spectral_lr_scale, spectral_std
 from kenotron.optim.placement import Placement, ShardAware, check_optimizer
 from kenotron.optim.schedules import Schedule, ScheduleLR, scheduler_config
 
 __all__ = [
+    "Coordinate",
     "Muon",
+    "Parametrised",
     "Placement",
     "Rule",
     "Schedule",
     "ScheduleLR",
     "ShardAware",
     "check_optimizer",
+    "coordinate_check",
+    "growth",
     "muon_groups",
     "parameter_groups",
+    "parametrise",
     "scheduler_config",
+    "spectral_lr_scale",
+    "spectral_std",
 ]
