@@ -77,7 +77,7 @@ class FillInTheMiddle:
         rate: share of documents that are rearranged. spm_rate: share of these in the order SPM.
         tokenizer: a ``tokenizer.json`` or its folder, in which names are looked up; ``None``: that of the first corpus that
             has one (``kenotron tokenize`` puts it there).
-        prefix, middle, suffix: the sentinels, by name or id; ``None``: by the first of ``CONVENTIONS`` that the tokenizer knows.
+        prefix, middle, suffix: the sentinels, by name or id; ``None``: the first of ``CONVENTIONS`` that the tokenizer knows.
         bos, eos: tokens that stay at a document's begin and end, by name or id; ``None``: those of the tokenizer.
         split_token: by name or id: documents that hold it (files of a repository, say) are cut there, and each fragment is
             rearranged by itself, or not. fragment_rate: share of fragments, in documents that are chosen by ``rate``.
@@ -172,8 +172,8 @@ class _Names:
             if not known:
                 listed = "; ".join(" ".join(names) for names in CONVENTIONS)
                 raise ValueError(
-                    f"{self.tokenizer} has none of the known sentinels for filling in the middle ({listed}). Set prefix, middle "
-                    "and suffix to tokens that it has."
+                    f"{self.tokenizer} has none of the known sentinels for filling in the middle ({listed}). Set prefix, "
+                    "middle and suffix to tokens that it has."
                 )
             token = known[0][Sentinels._fields.index(field)]
         if token not in self.ids:

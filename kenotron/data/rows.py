@@ -21,8 +21,8 @@ class Rows:
         input_ids: int64 of shape (count, sequence_length).
         shift_labels: int64 of that shape: the token that follows each position; -100 where none is to be learned.
         labels: int64 of that shape: the same, one position later, for a model that shifts by itself; -100 at the first.
-        begins: bool of shape (count, sequence_length + 1): where a document (or padding) begins, the last label included; ``None``
-            without ``mark_documents``.
+        begins: bool of shape (count, sequence_length + 1): where a document (or padding) begins, the last label included;
+            ``None`` without ``mark_documents``.
         restarts_positions: whether positions begin anew with documents.
     """
 

@@ -73,7 +73,7 @@ class Windows:
         return [last]
 
     def _mark(self, out: Rows, row: int, place: int, start: int, stop: int) -> None:
-        """Mark where documents begin among the tokens [start, stop]; to keep them apart, take the label from the last of each."""
+        """Mark where documents begin among the tokens [start, stop]. Kept apart, the last token of each has no label."""
         assert out.begins is not None
         out.begins[row, place] = True
         begins = document_begins(self._source, start + 1, stop + 1) - start

@@ -13,7 +13,11 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 import numpy as np
 
+from kenotron.data.corpus import find_tokenizer, open_corpus
+from kenotron.data.fim import FillInTheMiddle, Infiller
 from kenotron.data.loader import Loading, TrainLoader, ValidationLoader
+from kenotron.data.made import MadeCorpus
+from kenotron.data.masked import with_mask
 from kenotron.data.rows import Samples
 from kenotron.data.source import TokenSource
 from kenotron.data.stages import (
@@ -58,7 +62,8 @@ class TokenDataBase(_DataModule):
 
     Args:
         corpora: by name, each a path (see :func:`kenotron.data.corpus.open_corpus`), a mapping with ``path`` and further
-            arguments of that function, or a ``TokenSource``. The names are part of the order.
+            arguments of that function, a ``TokenSource``, or a :class:`kenotron.data.made.MadeCorpus`, which one process of a
+            node makes before training. The names are part of the order. Masks beside tokens (``.ds.loss``) are kept to.
         sequence_length: positions of a sample.
         global_batch_size: samples of an optimizer step: over all data-parallel ranks and accumulated batches. A rank's batch is
             this divided by both.
@@ -69,7 +74,8 @@ class TokenDataBase(_DataModule):
         val_batch_size: samples of a rank's validation batch; ``None``: as in training.
         vocab_size: of the model; ``None``: what the transformers models in the module say.
         steps_per_epoch: ``None``: as many as the corpora of the first stage have samples for, once.
-        cache_dir: where the packing of documents keeps its counts.
+        cache_dir: where the packing of documents keeps its counts, and corpora that are made their tokens.
+        fim: rearranges documents of training samples for filling in the middle.
 
     Raises:
         ValueError: a number out of range, an unknown corpus, or no corpus.
@@ -89,6 +95,7 @@ class TokenDataBase(_DataModule):
         vocab_size: int | None = None,
         steps_per_epoch: int | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
+        fim: FillInTheMiddle | None = None,
     ) -> None:
         super().__init__()
         check_sequence_length(sequence_length)
@@ -112,6 +119,8 @@ class TokenDataBase(_DataModule):
         self._global_batch_size, self._val_batch_size = global_batch_size, val_batch_size
         self._vocab_size, self._steps_per_epoch = vocab_size, steps_per_epoch
         self._cache = None if cache_dir is None else Path(cache_dir)
+        self._fim: FillInTheMiddle | None = fim
+        self._infiller: Infiller | None = None
         if weights is not None:
             plan(self._all_stages(self._weights or {}))
         self._sources: dict[str, TokenSource] = {}
@@ -135,12 +144,20 @@ class TokenDataBase(_DataModule):
 
     # -------------------------------------------------------------------------------------------------------- set-up
 
+    def prepare_data(self) -> None:
+        """Make the corpora that are to be made. Lightning calls this in one process of a node while the others wait."""
+        for corpus in [*self._corpora.values(), *self._validation.values()]:
+            if isinstance(corpus, MadeCorpus):
+                corpus.make(self._cache)
+
     def setup(self, stage: str) -> None:
         """Open the corpora, and go to where the run is."""
-        self._validation_sources = _open_all(self._validation, self._vocab_size, self._validation_sources)
+        self._validation_sources = self._open_all(self._validation, self._validation_sources)
         if stage != "fit":
             return
-        self._sources = _open_all(self._corpora, self._vocab_size, self._sources)
+        self._sources = self._open_all(self._corpora, self._sources)
+        if self._fim is not None:
+            self._infiller = self._fim.infiller(self.sampling.seed, _tokenizer_of(self._corpora))
         self._freeze()
         if self._trainer_then not in (None, self.trainer):
             self._sample, self._stream, self._saved_steps = 0, None, None
@@ -150,6 +167,9 @@ class TokenDataBase(_DataModule):
         if self._restored:
             self._apply(self._restored)
 
+    def _open_all(self, given: Mapping[str, Any], opened: Mapping[str, TokenSource]) -> dict[str, TokenSource]:
+        return {name: opened.get(name) or _open(name, corpus, self._vocab_size, self._cache) for name, corpus in given.items()}
+
     def _planned(self, weights: Mapping[str, float] | None) -> tuple[Segment, ...]:
         if weights is None:
             weights = {name: float(self._cut(name, self.sequence_length).num_samples) for name in self._sources}
@@ -157,7 +177,7 @@ class TokenDataBase(_DataModule):
 
     def _go_on(self, segments: Sequence[Segment]) -> None:
         """Take segments for the run, from the sample on where it is."""
-        self._stream = Stream(self._sources, segments, self.sampling, self._sample, self._cut)
+        self._stream = Stream(self._sources, segments, self.sampling, self._sample, self._cut, self._infiller)
 
     def _cut(self, name: str, sequence_length: int) -> Samples:
         """Return a corpus as samples."""
@@ -327,9 +347,14 @@ class TokenDataBase(_DataModule):
             raise ValueError(
                 f"pad_token_id={self.sampling.pad_token_id}, and the model's vocabulary has {vocab_size}. Set it to less."
             )
+        if self._infiller is not None and self._infiller.largest_id >= vocab_size:
+            raise ValueError(
+                f"fill-in-the-middle puts in token {self._infiller.largest_id}, and the model's vocabulary has {vocab_size}. "
+                "Build a model with a larger one, or set other sentinels."
+            )
         if self._vocab_size is None:  # else it was known when they were opened
             for name in sources:
-                _open(name, given[name], vocab_size)
+                _open(name, given[name], vocab_size, self._cache)
         return vocab_size
 
 
@@ -339,20 +364,27 @@ def _processed_batches(trainer: Any) -> int:
     return count
 
 
-def _open_all(given: Mapping[str, Any], vocab_size: int | None, opened: Mapping[str, TokenSource]) -> dict[str, TokenSource]:
-    return {name: opened.get(name) or _open(name, corpus, vocab_size) for name, corpus in given.items()}
+def _tokenizer_of(corpora: Mapping[str, Any]) -> Path | None:
+    """Return the tokenizer of the first corpus that tells its own."""
+    for corpus in corpora.values():
+        place = corpus.get("path") if isinstance(corpus, Mapping) else corpus
+        if isinstance(corpus, MadeCorpus) and corpus.tokenizer is not None:
+            return Path(corpus.tokenizer)
+        if isinstance(place, (str, os.PathLike)) and (found := find_tokenizer(os.fspath(place))) is not None:
+            return found
+    return None
 
 
-def _open(name: str, corpus: Any, vocab_size: int | None) -> TokenSource:
+def _open(name: str, corpus: Any, vocab_size: int | None, cache: Path | None = None) -> TokenSource:
     """Return a corpus that was given in any of the ways that ``TokenData`` takes."""
-    from kenotron.data.corpus import open_corpus
-
+    if isinstance(corpus, MadeCorpus):
+        return corpus.open(name, cache=cache, vocab_size=vocab_size)
     if isinstance(corpus, (str, os.PathLike)):
-        return open_corpus(os.fspath(corpus), name=name, vocab_size=vocab_size)
+        return with_mask(open_corpus(os.fspath(corpus), name=name, vocab_size=vocab_size))
     if isinstance(corpus, Mapping):
         if not {"path"} <= set(corpus) <= {"path", "token_size", "vocab_size"}:
             raise ValueError(f"the corpus {name} has {', '.join(corpus) or 'nothing'}: give path, and token_size if need be.")
-        return open_corpus(**{"name": name, "vocab_size": vocab_size, **corpus})
+        return with_mask(open_corpus(**{"name": name, "vocab_size": vocab_size, **corpus}))
     if not isinstance(getattr(corpus, "num_tokens", None), int):
         raise ValueError(
             f"the corpus {name} is a {type(corpus).__name__}. Give the path of tokenised files, or a kenotron.data.TokenSource."

@@ -126,6 +126,16 @@ class PieceReader:
             yield offset, b"".join(begun)
 
     def _object(self, line: bytes, number: int, offset: int) -> Document | Problem:
+        value = self._parsed(line, number, offset)
+        if isinstance(value, Problem):
+            return value
+        if self.column not in value:
+            return Problem("missing column", number, offset, _no_column(self.column, list(value)))
+        return _text_of(value[self.column], number, offset)
+
+    @staticmethod
+    def _parsed(line: bytes, number: int, offset: int) -> dict[str, Any] | Problem:
+        """Return the object of a line."""
         try:
             decoded = line.decode("utf-8")
         except UnicodeDecodeError as error:
@@ -139,9 +149,7 @@ class PieceReader:
             return Problem("broken JSON", number, offset, str(error)[:200])
         if not isinstance(value, dict):
             return Problem("broken JSON", number, offset, f"not an object but {type(value).__name__}")
-        if self.column not in value:
-            return Problem("missing column", number, offset, _no_column(self.column, list(value)))
-        return _text_of(value[self.column], number, offset)
+        return value
 
     # ---- Parquet ----
 
