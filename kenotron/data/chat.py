@@ -109,7 +109,7 @@ class ChatTemplate:
         self, messages: list[dict[str, Any]], first: int, tools: list[Any] | None
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokenise a conversation; only turns from number ``first`` on are learned."""
-        if self.has_marks and not first:
+        if self.has_marks:
             found = self._tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
@@ -118,14 +118,23 @@ class ChatTemplate:
                 return_dict=True,
                 return_assistant_tokens_mask=True,
             )
-            return np.asarray(found["input_ids"], np.int64), np.asarray(found["assistant_masks"], dtype=bool)
+            ids, learned = np.asarray(found["input_ids"], np.int64), np.asarray(found["assistant_masks"], dtype=bool)
+            if first:
+                text = self._render(messages, tools)
+                learned &= self._tokenize(text)[1] >= _num_common(self._render(messages[:first], tools), text)
+            return ids, learned
         text, ranges = self._answers(messages, first, tools)
-        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-        starts = np.asarray([start for start, _ in found["offset_mapping"]], dtype=np.int64)
-        learned = np.zeros(len(starts), dtype=bool)
+        ids, starts = self._tokenize(text)
+        learned = np.zeros(len(ids), dtype=bool)
         for begin, end in ranges:
             learned |= (begin <= starts) & (starts < end)
-        return np.asarray(found["input_ids"], np.int64), learned
+        return ids, learned
+
+    def _tokenize(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Return the ids of a text, and the character at which each token begins: int64, of one shape."""
+        found = self._tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        starts = np.asarray(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
+        return np.asarray(found["input_ids"], np.int64), starts
 
     def _answers(
         self, messages: list[dict[str, Any]], first: int, tools: list[Any] | None

@@ -24,7 +24,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kenotron.data.corpus import CORPUS_FILE, TOKENIZER_FOLDER, open_corpus, read_record
-from kenotron.data.masked import with_mask
+from kenotron.data.errors import CorpusFileMissingError
+from kenotron.data.masked import MaskedSource, with_mask
 from kenotron.data.nanoset import NanosetWriter, token_size_of
 from kenotron.data.publish import NewFile, publish, publish_text
 from kenotron.data.source import TokenSource
@@ -156,7 +157,10 @@ class MadeCorpus(abc.ABC):
                 f"the corpus {name} is not in {folder}, where this process looks for it. Call make() first. If another rank "
                 "has made one, its data differed: build the same data in every process, and cache it on a disk that all see."
             )
-        return with_mask(open_corpus(folder, name=name, vocab_size=vocab_size))
+        source = with_mask(open_corpus(folder, name=name, vocab_size=vocab_size))
+        if self.has_mask and not isinstance(source, MaskedSource):
+            raise CorpusFileMissingError(folder / "00000.ds.loss", "is not there: it says what is learned. Remove the folder")
+        return source
 
 
 def _is_complete(folder: Path) -> bool:
