@@ -5,13 +5,21 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING, Any
 
+from kenotron.strategies.guard import Guard, TooManySkippedStepsError
 from kenotron.strategies.settings import CheckpointSettings, ProcessGroupSettings
 from kenotron.strategies.strategy import strategy_class
 
 if TYPE_CHECKING:
     from kenotron.strategies.strategy import KenotronStrategyBase as KenotronStrategy
 
-__all__ = ["CheckpointSettings", "KenotronStrategy", "ProcessGroupSettings", "strategy_class"]
+__all__ = [
+    "CheckpointSettings",
+    "Guard",
+    "KenotronStrategy",
+    "ProcessGroupSettings",
+    "TooManySkippedStepsError",
+    "strategy_class",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -14,6 +14,7 @@ from kenotron.parallel.apply import Parallelized
 from kenotron.parallel.random import RandomStreams
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
+from kenotron.strategies.guard import StepGuard
 from kenotron.strategies.loss import TokenCount
 from kenotron.strategies.settings import CheckpointSettings
 from kenotron.strategies.state import CheckpointState
@@ -47,6 +48,7 @@ class StrategyBase(_LightningStrategy):
     _tokens: TokenCount | None
     _streams: RandomStreams | None
     _sync: bool
+    _guards: dict[int, StepGuard]
     _sum_to_differentiate: torch.Tensor | None
     _run_id: str
     _num_saves: int

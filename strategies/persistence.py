@@ -20,6 +20,8 @@ from kenotron.strategies.checkpointing import (
     set_random_state,
 )
 
+_GUARDS = "kenotron_guards"  # of skipped steps, in Lightning's dictionary
+
 
 class Persistence(StrategyBase):
     """Saves on all ranks, without a collective; loads any layout's checkpoint in place."""
@@ -45,6 +47,8 @@ class Persistence(StrategyBase):
             raise ValueError("storage_options belong to a CheckpointIO plugin; KenotronStrategy writes files itself.")
         check_path(filepath)
         checkpointer = self.checkpointer
+        if self._guards:
+            checkpoint = {**checkpoint, _GUARDS: [guard.state_dict() for guard in self._guards.values()]}
         save_training(
             checkpointer,
             checkpoint,
@@ -121,6 +125,8 @@ class Persistence(StrategyBase):
             set_random_state(restored.rank_state["random"], self.root_device)
             if self._streams is not None and restored.rank_state["streams"] is not None:
                 self._streams.load_state_dict(restored.rank_state["streams"])
+        for guard, state in zip(self._guards.values(), restored.checkpoint.pop(_GUARDS, ()), strict=False):
+            guard.load_state_dict(state)
         return restored.checkpoint
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:

@@ -41,6 +41,7 @@ from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.checkpointing import check_path
 from kenotron.strategies.collectives import Collectives
+from kenotron.strategies.guard import Guard, StepGuard, check_precision_of_guard
 from kenotron.strategies.logs import LogRelay
 from kenotron.strategies.loss import TokenCount
 from kenotron.strategies.microbatches import Splitter
@@ -82,6 +83,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             (matrix products and attention), or a ``Recompute`` with every n-th block, operators, a budget, offloading.
         compile: let torch compile each block.
         plan: what becomes of each module, as a ``ParallelPlan`` or a mapping of name patterns to styles.
+        guard: which steps are skipped because their loss or gradients are not finite, or jump; ``None``: none.
         process_group, checkpoint: further settings.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in Lightning's strategies.
 
@@ -109,6 +111,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         compile: bool = False,
         plan: ParallelPlan | Mapping[str, str] | None = None,
         *,
+        guard: Guard | None = None,
         process_group: ProcessGroupSettings | None = None,
         checkpoint: CheckpointSettings | None = None,
         accelerator: Any = None,
@@ -132,7 +135,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._schedule, self._virtual_stages, self._microbatches = schedule, virtual_stages, microbatches
         self._sequence_parallel, self._blocks, self._plan = sequence_parallel, blocks, ParallelPlan.of(plan)
         self._context, self._capacity_factor = context, capacity_factor
-        self._recompute, self._compile = Recompute.of(recompute), compile
+        self._recompute, self._compile, self._guard = Recompute.of(recompute), compile, guard
         self._group_settings = process_group or ProcessGroupSettings()
         self._checkpoint_settings = checkpoint or CheckpointSettings()
         self._held_checkpointer: Checkpointer | None = None
@@ -154,6 +157,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._state: CheckpointState | None = None
         self._tokens: TokenCount | None = None
         self._sync = True
+        self._guards: dict[int, StepGuard] = {}
         self._sum_to_differentiate: Tensor | None = None
         self._streams: RandomStreams | None = None
         self._seed, self._run_id, self._num_saves = 0, uuid.uuid4().hex[:12], 0
@@ -263,6 +267,9 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
     def setup_optimizers(self, trainer: Any) -> None:
         super().setup_optimizers(trainer)
         assert self._done is not None
+        if self._guard is not None:
+            check_precision_of_guard(str(self.precision_plugin.precision))
+            self._guards = {id(each): StepGuard(self._guard, each, self.root_device) for each in self.optimizers}
         for optimizer in self.optimizers:
             check_optimizer(optimizer, self.layout)
             if isinstance(optimizer, ShardAware):

@@ -18,6 +18,7 @@ from kenotron.parallel.expert_load import ExpertLoad
 from kenotron.parallel.grads import clip_by_norm, clip_by_value
 from kenotron.strategies import _lightning
 from kenotron.strategies.failures import Failures
+from kenotron.strategies.guard import StepGuard, mean_over_ranks
 from kenotron.strategies.loss import StepLoss
 from kenotron.strategies.microbatches import check_same_batch
 
@@ -121,10 +122,34 @@ class Training(Failures):
         set_loss_weight(self._user_module, factor, is_sum=is_sum)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        guard = self._guards.get(id(optimizer))
+        if guard is not None:
+            closure = self._guarded(guard, optimizer, closure)
         output = super().optimizer_step(optimizer, closure, model, **kwargs)
         if self._done is not None and self._done.loads is not None:
             update_expert_bias(self._user_module, self._sum_over_data)
         return output
+
+    def _guarded(self, guard: StepGuard, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Judge what the closure computed before it is clipped and applied."""
+
+        def judged() -> Any:
+            loss = closure()
+            self._say(guard.report())  # of the step before, on CUDA
+            guard.apply(guard.judge(self.grad_norm(optimizer), mean_over_ranks(loss)))
+            self._say(guard.report())
+            return loss
+
+        return judged
+
+    def _say(self, text: str | None) -> None:
+        if text is not None and self.is_global_zero:
+            _lightning.warn(self.names, text)
+
+    def skipped_steps(self) -> Tensor:
+        """Return how many steps the guard has skipped (0-dim int64, on the device)."""
+        counts = [guard.num_skipped for guard in self._guards.values()]
+        return torch.stack(counts).sum() if counts else torch.zeros((), dtype=torch.int64)
 
     def _sum_over_data(self, counts: Tensor) -> None:
         if self._mesh is not None:

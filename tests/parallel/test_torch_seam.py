@@ -34,3 +34,12 @@ def test_a_store_can_be_cloned_for_a_thread() -> None:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store.clone().set("key", "value")  # type: ignore[attr-defined]
     assert store.get("key") == b"value"
+
+
+def test_fused_optimizers_say_that_they_skip_steps_by_a_tensor() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    assert optimizer._step_supports_amp_scaling  # type: ignore[attr-defined]
+    weight.grad, optimizer.found_inf = torch.ones(2), torch.ones(())  # type: ignore[attr-defined]
+    optimizer.step()
+    assert weight.tolist() == [1.0, 1.0]
