@@ -73,7 +73,8 @@ class Run:
     """What one rank trains.
 
     Args:
-        strategy: of KenotronStrategy. steps: updates in all. path: where the end is saved. resume: a checkpoint to go on from.
+        strategy: of KenotronStrategy. steps: updates in all. path: where the end is saved.
+        resume: a checkpoint to go on from, after ``skip`` batches.
     """
 
     make: Callable[[], nn.Module]
@@ -82,6 +83,7 @@ class Run:
     steps: int = 4
     path: str = ""
     resume: str | None = None
+    skip: int = 0
     trainer: dict[str, Any] = field(default_factory=dict)
 
 
@@ -114,7 +116,7 @@ def train(run: Run) -> list[float]:
     )
     rank, size = strategy.layout.dp_rank(int(os.environ["RANK"])), strategy.layout.dp_size
     share = ROWS // size
-    batches = [rows[rank * share : (rank + 1) * share] for rows in token_rows(8)]
+    batches = [rows[rank * share : (rank + 1) * share] for rows in token_rows(8)[run.skip :]]
     trainer.fit(Task(run.make, run.optimizers), DataLoader(batches, batch_size=None), ckpt_path=run.resume)
     if run.path:
         trainer.save_checkpoint(run.path)
