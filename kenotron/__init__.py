@@ -18,15 +18,17 @@ if TYPE_CHECKING:
     from kenotron.parallel.plan import ParallelPlan
     from kenotron.parallel.recompute import Recompute
     from kenotron.strategies import KenotronStrategy
-    from kenotron.tasks import TokenData
+    from kenotron.tasks import ChatData, StreamData, TokenData
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "ChatData": "kenotron.tasks",
     "KenotronStrategy": "kenotron.strategies",
     "ParallelLayout": "kenotron.layout",
     "ParallelPlan": "kenotron.parallel.plan",
     "Recompute": "kenotron.parallel.recompute",
+    "StreamData": "kenotron.tasks",
     "TokenData": "kenotron.tasks",
     "from_checkpoint": "kenotron.hf",
     "from_hf": "kenotron.hf",
@@ -34,10 +36,12 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "ChatData",
     "KenotronStrategy",
     "ParallelLayout",
     "ParallelPlan",
     "Recompute",
+    "StreamData",
     "TokenData",
     "__version__",
     "from_checkpoint",

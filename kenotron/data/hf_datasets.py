@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from kenotron.data.made import Made, MadeCorpus, Refused, in_batches, tokenizer_digest
-from kenotron.data.records import records_of
-from kenotron.data.tokenize.vocabulary import Encoder, Vocabulary
+from kenotron.data.records import Record, records_of
+from kenotron.data.tokenize.vocabulary import Encoder, Vocabulary, read_vocabulary
 
 _BATCH_CHARACTERS = 1 << 20
 
@@ -75,46 +75,89 @@ class DatasetCorpus(MadeCorpus):
 
     def documents(self, shard: int, folder: Path, vocabulary: Vocabulary | None) -> Iterator[Made | Refused]:
         """Yield the documents of a shard, without those that have no token."""
-        if vocabulary is None:
-            yield from map(self._ids, self._values(shard))
+        encoder = RowEncoder(
+            self._column,
+            None if vocabulary is None else folder,
+            prepend_bos=self._prepend_bos,
+            append_eos=self._append_eos,
+        )
+        for batch in in_batches(self._records.read(shard), self._size_of, _BATCH_CHARACTERS):
+            for found in encoder.encode(batch):
+                yield found if isinstance(found, Refused) else Made(found)
+
+    def _size_of(self, item: Record | Refused) -> int:
+        value = item.row.get(self._column) if isinstance(item, Record) else None
+        return len(value) if isinstance(value, (str, list)) else 64
+
+
+class RowEncoder:
+    """Makes token ids of rows. It is pickled as its settings, so that a worker loads the tokenizer anew.
+
+    Args:
+        column: of the text, or of the ids.
+        tokenizer: a folder with ``tokenizer.json``, and ``tokenizer_config.json`` to name the tokens around texts; ``None``:
+            the column holds ids.
+        prepend_bos, append_eos: put the tokenizer's token for it at the begin, at the end, of each text.
+
+    Raises:
+        ValueError: there is no such tokenizer, or it names no such token.
+    """
+
+    def __init__(self, column: str, tokenizer: Path | None, *, prepend_bos: bool = False, append_eos: bool = False) -> None:
+        self._column, self._folder = column, tokenizer
+        self._prefix, self._suffix = [], []
+        self._encoder: Encoder | None = None
+        if tokenizer is None:
             return
-        encode = text_encoder(folder, vocabulary, self._prepend_bos, self._append_eos)
-        for batch in in_batches(self._values(shard), lambda item: len(str(item[1])), _BATCH_CHARACTERS):
-            encoded = iter(encode_all(encode, [value for _, value in batch if isinstance(value, str)]))
-            for place, value in batch:
-                yield value if isinstance(value, Refused) else _document(place, next(encoded))
+        if not (tokenizer / "tokenizer.json").is_file():
+            raise ValueError(f"tokenizer={str(tokenizer)!r}: no tokenizer.json is in it. Name a folder with a fast tokenizer.")
+        names = read_vocabulary(tokenizer) if (tokenizer / "tokenizer_config.json").is_file() else None
+        self._prefix = _named(prepend_bos, names and names.bos_id, "prepend_bos", "bos_token", tokenizer)
+        self._suffix = _named(append_eos, names and names.eos_id, "append_eos", "eos_token", tokenizer)
 
-    def _values(self, shard: int) -> Iterator[tuple[str, Any]]:
-        """Yield (place, value of the column), where the value is refused, or as it is."""
-        for item in self._records.read(shard):
-            if isinstance(item, Refused):
-                yield item.place, item
-            elif self._column not in item.row:
-                yield item.place, Refused("missing column", item.place, f"no {self._column!r} among {', '.join(item.row)}")
-            else:
-                value = item.row[self._column]
-                if self.tokenizer is not None:
-                    value = text_or_refused(value, item.place)
-                yield item.place, value
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_encoder": None}
 
-    @staticmethod
-    def _ids(item: tuple[str, Any]) -> Made | Refused:
-        place, value = item
-        if isinstance(value, Refused):
-            return value
+    def encode(self, items: Sequence[Record | Refused]) -> list[np.ndarray | Refused]:
+        """Return the ids of each row, int64 of shape (tokens,), at least one; or what is wrong with it."""
+        values = [self._value(item) for item in items]
+        texts = [value for value in values if isinstance(value, str)]
+        encoded = iter(self._encode(texts))
+        return [
+            value if isinstance(value, Refused) else _ids(next(encoded) if isinstance(value, str) else value, item.place)
+            for item, value in zip(items, values, strict=True)
+        ]
+
+    def _value(self, item: Record | Refused) -> Any:
+        """Return a text, what should be ids, or what is wrong."""
+        if isinstance(item, Refused):
+            return item
+        if self._column not in item.row:
+            return Refused("missing column", item.place, f"no {self._column!r} among {', '.join(map(str, item.row))}")
+        value = item.row[self._column]
+        if self._folder is None:
+            return Refused("not token ids", item.place, f"{str(value)[:60]!r}") if isinstance(value, str) else value
+        return _text(value, item.place)
+
+    def _encode(self, texts: list[str]) -> list[Any]:
+        """Return the ids of each text, or the error of one that can't be encoded."""
+        if self._folder is None or not texts:
+            return []
+        if self._encoder is None:
+            self._encoder = Encoder(self._folder, self._prefix, self._suffix)
         try:
-            ids = np.asarray(value)
-        except (TypeError, ValueError, OverflowError) as error:
-            return Refused("not token ids", place, str(error))
-        if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
-            return Refused("not token ids", place, f"{type(value).__name__} {str(value)[:60]!r}")
-        if ids.size and (int(ids.min()) < 0 or int(ids.max()) >= 1 << 32):
-            return Refused("not token ids", place, f"ids from {int(ids.min())} to {int(ids.max())}; they are 0 to 2^32 - 1")
-        return _document(place, ids)
+            return self._encoder.encode(texts)
+        except Exception as error:  # tokenizers raises no other class: find the text
+            return [error] if len(texts) == 1 else [found for text in texts for found in self._encode([text])]
 
 
-def text_or_refused(value: Any, place: str) -> str | Refused:
-    """Return a text, or what is wrong with it."""
+def _named(wanted: bool, found: int | None, name: str, token: str, tokenizer: Path) -> list[int]:
+    if wanted and found is None:
+        raise ValueError(f"{name}=True, and {tokenizer} names no {token}. Name it in its tokenizer_config.json.")
+    return [found] if wanted and found is not None else []
+
+
+def _text(value: Any, place: str) -> str | Refused:
     if not isinstance(value, str):
         return Refused("not a string", place, type(value).__name__)
     if not value:
@@ -126,36 +169,17 @@ def text_or_refused(value: Any, place: str) -> str | Refused:
     return value
 
 
-def text_encoder(folder: Path, vocabulary: Vocabulary, prepend_bos: bool, append_eos: bool) -> Encoder:
-    """Return what encodes texts, with the tokens around each.
-
-    Raises:
-        ValueError: the tokenizer does not name such a token.
-    """
-    for wanted, found, name in ((prepend_bos, vocabulary.bos_id, "prepend_bos"), (append_eos, vocabulary.eos_id, "append_eos")):
-        if wanted and found is None:
-            raise ValueError(f"{name}=True, and the tokenizer names no token for it. Name it in its tokenizer_config.json.")
-    prefix = [vocabulary.bos_id] if prepend_bos and vocabulary.bos_id is not None else []
-    suffix = [vocabulary.eos_id] if append_eos and vocabulary.eos_id is not None else []
-    return Encoder(folder, prefix, suffix)
-
-
-def encode_all(encoder: Encoder, texts: list[str]) -> list[Any]:
-    """Return the ids of each text, or the error of one that can't be encoded."""
+def _ids(value: Any, place: str) -> np.ndarray | Refused:
+    if isinstance(value, Exception):
+        return Refused("not encodable", place, str(value))
     try:
-        return encoder.encode(texts)
-    except Exception:  # tokenizers raises no other class: find the text
-        return [_encoded(encoder, text) for text in texts]
-
-
-def _encoded(encoder: Encoder, text: str) -> Any:
-    try:
-        return encoder.encode([text])[0]
-    except Exception as error:
-        return error
-
-
-def _document(place: str, ids: Any) -> Made | Refused:
-    if isinstance(ids, Exception):
-        return Refused("not encodable", place, str(ids))
-    return Made(ids) if len(ids) else Refused("empty", place, "no token")
+        ids = np.asarray(value)
+    except (TypeError, ValueError, OverflowError) as error:
+        return Refused("not token ids", place, str(error))
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        return Refused("not token ids", place, f"{type(value).__name__} {str(value)[:60]!r}")
+    if not ids.size:
+        return Refused("empty", place, "no token")
+    if int(ids.min()) < 0 or int(ids.max()) >= 1 << 32:
+        return Refused("not token ids", place, f"ids from {int(ids.min())} to {int(ids.max())}; they are 0 to 2^32 - 1")
+    return ids.astype(np.int64)

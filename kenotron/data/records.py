@@ -76,6 +76,21 @@ def is_mapped_dataset(given: Any) -> bool:
     return "datasets" in sys.modules and isinstance(given, sys.modules["datasets"].Dataset)
 
 
+def has_shuffle_buffer(given: Any) -> bool:
+    """Return whether a stream of ``datasets`` shuffles in a buffer, which its state leaves out."""
+    if "datasets" not in sys.modules or not isinstance(given, sys.modules["datasets"].IterableDataset):
+        return False
+    # What it is made of stands in private names; a test holds them.
+    made_of = [given._ex_iterable]
+    while made_of:
+        part = made_of.pop()
+        if type(part).__name__ == "BufferShuffledExamplesIterable":
+            return True
+        inside = vars(part)
+        made_of += [inside["ex_iterable"]] if "ex_iterable" in inside else inside.get("ex_iterables", [])
+    return False
+
+
 class SequenceRecords:
     """The rows of a ``datasets.Dataset`` or of a sequence of mappings."""
 

@@ -193,7 +193,7 @@ class TokenDataBase(_DataModule):
         """How many samples of the run have been trained, over all ranks."""
         if self._trainer_then is None or self._stream is None:
             return self._sample
-        batches = _processed_batches(self._trainer_then) - self._processed_then
+        batches = num_processed_batches(self._trainer_then) - self._processed_then
         return after_batches(self._stream.segments, self._sample, batches, self._accumulate)
 
     def consumed(self) -> dict[str, Consumed]:
@@ -204,7 +204,7 @@ class TokenDataBase(_DataModule):
         """Count from now on anew."""
         self._sample = self.num_trained_samples
         if self._trainer_then is not None:
-            self._processed_then = _processed_batches(self._trainer_then)
+            self._processed_then = num_processed_batches(self._trainer_then)
 
     def state_dict(self) -> dict[str, Any]:
         """Return where the run is, and what decides the order of its samples."""
@@ -270,7 +270,7 @@ class TokenDataBase(_DataModule):
         vocab_size = self._check_vocabulary(self._corpora, self._sources)
         self._freeze()
         self._trainer_then = self.trainer
-        self._processed_then, self._accumulate = _processed_batches(self.trainer), self.trainer.accumulate_grad_batches
+        self._processed_then, self._accumulate = num_processed_batches(self.trainer), self.trainer.accumulate_grad_batches
         rank, num_ranks = self._data_rank()
         check_division(self._stream.segments, self._sample, num_ranks, self._accumulate)
         self._go_on(align(self._stream.segments, self._sample, self._accumulate))
@@ -358,7 +358,7 @@ class TokenDataBase(_DataModule):
         return vocab_size
 
 
-def _processed_batches(trainer: Any) -> int:
+def num_processed_batches(trainer: Any) -> int:
     """Return how many training batches a trainer has been through, in all its fits: one that failed is not counted."""
     count: int = trainer.fit_loop.epoch_loop.batch_progress.total.processed
     return count
