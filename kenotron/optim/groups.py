@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -103,7 +103,8 @@ def muon_groups(
     found = []
     for weight in weights:
         if weight.name in by_muon:
-            settings = _settings(weight, lr, weight_decay, rules)
+            # Muon's updates are of one size whatever the width: its own adjustment stands in place of Adam's factor.
+            settings = _settings(replace(weight, lr_scale=1.0), lr, weight_decay, rules)
             settings.pop("betas", None)
             settings |= {"algorithm": "muon", "parts": weight.parts, "transposed": weight.transposed}
         else:

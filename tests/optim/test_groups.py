@@ -186,7 +186,11 @@ def groups_on_this_rank(run: Run) -> Any:
 
 @pytest.mark.parametrize(
     ("ranks", "layout"),
-    [(2, {"pp": 2}), (2, {"zero_stage": 3}), (4, {"tp": 2, "pp": 2})],
+    [
+        pytest.param(2, {"pp": 2}, marks=pytest.mark.slow),
+        pytest.param(2, {"zero_stage": 3}, marks=pytest.mark.slow),
+        (4, {"tp": 2, "pp": 2}),
+    ],
 )
 def test_every_rank_of_any_layout_has_the_same_groups_of_the_same_names(
     optim_pool: RankPool, ranks: int, layout: dict[str, Any]

@@ -19,6 +19,7 @@ from kenotron.optim.exchange import Exchange, blocks_of
 from kenotron.optim.muon import orthogonalise
 from kenotron.testing import RankPool
 
+SLOW = pytest.mark.slow  # repeats on a further layout what another case tries
 DOUBLE = {"precision": "64-true"}
 
 
@@ -79,19 +80,19 @@ def torch_reference(optim_pool: RankPool, tmp_path_factory: pytest.TempPathFacto
     return torch_muon(whole(path), 4)
 
 
-LAYOUTS: list[tuple[int, dict[str, Any]]] = [
+LAYOUTS = [
     (1, {}),
     (2, {"tp": 2}),
-    (2, {"zero_stage": 0}),
-    (2, {"zero_stage": 1}),
-    (2, {"zero_stage": 2}),
+    pytest.param(2, {"zero_stage": 0}, marks=SLOW),
+    pytest.param(2, {"zero_stage": 1}, marks=SLOW),
+    pytest.param(2, {"zero_stage": 2}, marks=SLOW),
     (2, {"zero_stage": 3}),
     (4, {"tp": 2, "zero_stage": 3}),
-    (4, {"tp": 4}),
+    pytest.param(4, {"tp": 4}, marks=SLOW),
     (2, {"pp": 2}),
-    (4, {"dp_replicate": 2, "zero_stage": 3}),
-    (4, {"tp": 2, "pp": 2}),
-    (2, {"cp": 2}),
+    pytest.param(4, {"dp_replicate": 2, "zero_stage": 3}, marks=SLOW),
+    pytest.param(4, {"tp": 2, "pp": 2}, marks=SLOW),
+    pytest.param(2, {"cp": 2}, marks=SLOW),
 ]
 
 
@@ -166,13 +167,13 @@ def plain_muon(model: nn.Module, steps: int) -> list[float]:
     return losses
 
 
-FUSED: list[tuple[Callable[..., nn.Module], int, dict[str, Any]]] = [
-    (decoder, 2, {"tp": 2, "zero_stage": 3}),
+FUSED = [
+    pytest.param(decoder, 2, {"tp": 2, "zero_stage": 3}, marks=SLOW),
     (decoder, 4, {"tp": 4}),  # over 2 KV heads: ranks share rows
-    (experts, 2, {"zero_stage": 3}),
-    (experts, 2, {"ep": 2}),
+    pytest.param(experts, 2, {"zero_stage": 3}, marks=SLOW),
+    pytest.param(experts, 2, {"ep": 2}, marks=SLOW),
     (experts, 4, {"ep": 2, "tp": 2}),
-    (experts, 4, {"ep": 2, "zero_stage": 2}),
+    pytest.param(experts, 4, {"ep": 2, "zero_stage": 2}, marks=SLOW),
 ]
 
 
@@ -197,8 +198,8 @@ def test_layers_in_one_matrix_and_experts_are_orthogonalised_one_by_one(
     ("make", "before", "after"),
     [
         (decoder, (2, {"tp": 2}), (2, {"zero_stage": 3})),
-        (decoder, (1, {}), (4, {"tp": 2, "pp": 2})),
-        (experts, (2, {"ep": 2}), (1, {})),
+        pytest.param(decoder, (1, {}), (4, {"tp": 2, "pp": 2}), marks=SLOW),
+        pytest.param(experts, (2, {"ep": 2}), (1, {}), marks=SLOW),
     ],
 )
 def test_momentum_goes_on_on_another_layout(
