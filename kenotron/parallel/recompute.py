@@ -96,9 +96,9 @@ class Recompute:
             contexts = functools.partial(_contexts, frozenset(self.overloads()), alternate=self.alternate)
         for block, again in zip(blocks, self.chosen(len(blocks)), strict=True):
             if again and self.mode != "none":
-                block.forward = _recomputed(block.forward, contexts)  # type: ignore[method-assign]
+                block.forward = _recomputed(block.forward, contexts)
             if self.offload:
-                block.forward = _offloaded(block.forward)  # type: ignore[method-assign]
+                block.forward = _offloaded(block.forward)
 
 
 def _packet(name: str) -> Any:
@@ -112,7 +112,7 @@ def _packet(name: str) -> Any:
 
 
 def _recomputed(forward: Callable[..., Any], contexts: Callable[[], Any] | None) -> Callable[..., Any]:
-    further = {} if contexts is None else {"context_fn": contexts}
+    further: dict[str, Any] = {} if contexts is None else {"context_fn": contexts}
 
     @functools.wraps(forward)
     def recomputed(*args: Any, **kwargs: Any) -> Any:
@@ -148,4 +148,4 @@ def _offloaded(forward: Callable[..., Any]) -> Callable[..., Any]:
 def compile_blocks(blocks: Sequence[nn.Module]) -> None:
     """Let each block's ``forward`` be compiled when it is first called; like blocks share their code."""
     for block in blocks:
-        block.forward = torch.compile(block.forward)  # type: ignore[method-assign]
+        block.forward = torch.compile(block.forward)
