@@ -18,11 +18,12 @@ if TYPE_CHECKING:
     from kenotron.parallel.plan import ParallelPlan
     from kenotron.parallel.recompute import Recompute
     from kenotron.strategies import KenotronStrategy
-    from kenotron.tasks import ChatData, StreamData, TokenData
+    from kenotron.tasks import CausalLM, ChatData, StreamData, TokenData
 
 __version__ = "0.1.0"
 
 _PUBLIC = {
+    "CausalLM": "kenotron.tasks",
     "ChatData": "kenotron.tasks",
     "KenotronStrategy": "kenotron.strategies",
     "ParallelLayout": "kenotron.layout",
@@ -36,6 +37,7 @@ _PUBLIC = {
 }
 
 __all__ = [
+    "CausalLM",
     "ChatData",
     "KenotronStrategy",
     "ParallelLayout",

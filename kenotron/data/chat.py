@@ -110,7 +110,7 @@ class ChatTemplate:
     ) -> tuple[np.ndarray, np.ndarray]:
         """Tokenise a conversation; only turns from number ``first`` on are learned."""
         if self.has_marks:
-            found = self._tokenizer.apply_chat_template(
+            found: Any = self._tokenizer.apply_chat_template(
                 messages,
                 tools=tools,
                 chat_template=self._template,
@@ -160,10 +160,10 @@ class ChatTemplate:
         return whole, ranges
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, **settings: Any) -> str:
-        text: str = self._tokenizer.apply_chat_template(
+        text: Any = self._tokenizer.apply_chat_template(
             messages, tools=tools, chat_template=self._template, tokenize=False, **settings
         )
-        return text
+        return str(text)
 
 
 def template_text(template: str) -> str | None:

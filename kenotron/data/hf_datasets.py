@@ -112,8 +112,8 @@ class RowEncoder:
         if not (tokenizer / "tokenizer.json").is_file():
             raise ValueError(f"tokenizer={str(tokenizer)!r}: no tokenizer.json is in it. Name a folder with a fast tokenizer.")
         names = read_vocabulary(tokenizer) if (tokenizer / "tokenizer_config.json").is_file() else None
-        self._prefix = _named(prepend_bos, names and names.bos_id, "prepend_bos", "bos_token", tokenizer)
-        self._suffix = _named(append_eos, names and names.eos_id, "append_eos", "eos_token", tokenizer)
+        self._prefix = _named(prepend_bos, None if names is None else names.bos_id, "prepend_bos", "bos_token", tokenizer)
+        self._suffix = _named(append_eos, None if names is None else names.eos_id, "append_eos", "eos_token", tokenizer)
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_encoder": None}

@@ -8,7 +8,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -23,8 +22,6 @@ from kenotron.hf.directory import HFDirectory
 from kenotron.hf.errors import ModelMismatchError
 from kenotron.hf.names import Piece, model_pieces, whole
 from kenotron.parallel.init import attach, meta_device, names_of_parameters
-
-_log = logging.getLogger(__name__)
 
 Implementation = Literal["auto", "kenotron", "transformers"]
 
@@ -53,9 +50,9 @@ def from_hf(
         HFDirectoryError: a ``ValueError``: files that can't be read, or tensors that do not fit the model; all are named.
         ValueError: an architecture that is not covered.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+    from transformers import AutoConfig, GenerationConfig
 
-    from kenotron.models.own import own_class
+    from kenotron.models.own import build, is_ours
 
     if implementation not in ("auto", "kenotron", "transformers"):
         raise ValueError(f"implementation={implementation!r}: set 'auto', 'kenotron' or 'transformers'.")
@@ -63,13 +60,9 @@ def from_hf(
     if config is None:
         directory.config()  # tells what is wrong with it
         config = AutoConfig.from_pretrained(directory.path, local_files_only=True)
-    ours = implementation == "kenotron" or (implementation == "auto" and _is_covered(config))
-    model: Any
+    ours = is_ours(config, implementation)
     with meta_device(dtype):
-        if ours:
-            model = own_class(config)(config, **settings)
-        else:
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype(), **settings)
+        model: Any = build(config, "kenotron" if ours else "transformers", **settings)
     if ours:
         pieces = model_pieces(config)
     else:
@@ -80,20 +73,6 @@ def from_hf(
         model.generation_config = GenerationConfig.from_pretrained(directory.path, local_files_only=True)
     attach(model, DirectoryWeights(directory, pieces))
     return model
-
-
-def _is_covered(config: Any) -> bool:
-    """Return whether ours can be built from a configuration; where another is taken for a setting's sake, say so."""
-    from kenotron.models.own import check_settings, is_own_family
-
-    if not is_own_family(config):
-        return False
-    try:
-        check_settings(config)
-    except ValueError as error:
-        _log.warning("from_hf takes transformers' own %s: %s", config.model_type, error)
-        return False
-    return True
 
 
 class DirectoryWeights:

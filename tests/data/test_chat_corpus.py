@@ -183,8 +183,14 @@ def test_what_is_packed_keeps_conversations_apart_and_prompts_unlearned(folder: 
 
 @pytest.mark.parametrize(("too_long", "documents"), [("drop", 3), ("cut", 4)])
 def test_long_conversations_are_dropped_or_cut_and_counted(
-    folder: Path, tmp_path: Path, too_long: str, documents: int, caplog: pytest.LogCaptureFixture
+    folder: Path,
+    tmp_path: Path,
+    too_long: str,
+    documents: int,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(logging.getLogger("kenotron"), "parent", logging.getLogger())  # a strategy gives it another one
     caplog.set_level(logging.INFO, "kenotron")
     hopeless = {"messages": [{"role": "user", "content": "one " * 500}, {"role": "assistant", "content": "x"}]}
     long = {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "one " * 500}]}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Iterator
 from typing import Any
 
@@ -153,7 +154,10 @@ def test_what_has_a_state_is_not_read_again() -> None:
     assert plain.num_read >= 900
 
 
-def test_streams_of_datasets_go_on_exactly_and_buffers_are_skipped(caplog: pytest.LogCaptureFixture) -> None:
+def test_streams_of_datasets_go_on_exactly_and_buffers_are_skipped(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("kenotron"), "parent", logging.getLogger())  # a strategy gives it another one
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"ids": numbered([3, 5, 9, 4] * 50)})
 
