@@ -1,4 +1,4 @@
-"""The command line: ``kenotron checkpoint ls|verify|merge``, ``kenotron export``, ``convert``, ``generate``, ``tokenize``."""
+"""The command line: ``kenotron checkpoint``, ``export``, ``convert``, ``generate``, ``tokenize``, ``data check``."""
 
 from __future__ import annotations
 
@@ -25,6 +25,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from kenotron.cli import tokenize
 
         return tokenize.run(options)
+    if options.command == "data":
+        from kenotron.cli import data
+
+        return data.run(options)
     if options.command == "generate":
         from kenotron.cli import generate
 
@@ -68,6 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_convert(commands)
     _add_generate(commands)
     _add_tokenize(commands)
+    _add_data(commands)
     return parser
 
 
@@ -144,6 +149,20 @@ def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "end of the run, or they are counted (default: fail)",
     )
     parser.add_argument("--shard-mb", type=float, help="input of one file of tokens (default: 1/256 of all, 4 MiB to 1 GiB)")
+
+
+def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    parser = commands.add_parser("data", help="look into corpora of tokens", description="Look into corpora of tokens.")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    check = actions.add_parser(
+        "check",
+        help="read all of a corpus and tell what is wrong with it",
+        description="Read all of a corpus: where every document ends, and every id. Exit code: 0 if it is sound, 1 if "
+        "something is wrong, 2 if it can't be opened.",
+    )
+    check.add_argument("path", metavar="PATH", help="a file of tokens, a folder of them, or a glob")
+    check.add_argument("--vocab-size", type=int, help="of the model: ids must be below (default: no limit)")
+    check.add_argument("--token-size", type=int, choices=(2, 4), help="bytes of a token, where older files don't tell")
 
 
 def _add_model_options(parser: argparse.ArgumentParser, dtype: str) -> None:
