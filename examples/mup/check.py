@@ -105,7 +105,8 @@ def plot_coordinates(found: Mapping[str, list[Coordinate]], path: Path) -> None:
             for step in sorted({one.step for one in coordinates}):
                 points = [(one.width, one.size) for one in coordinates if (one.module, one.step) == (name, step)]
                 axis.plot(*zip(*points, strict=True), marker="o", color=f"C{step}", label=f"after {step}")
-            axis.set(xscale="log", yscale="log", title=f"{scheme}: {name.removeprefix('model.')}")
+            axis.set_xscale("log", base=2)
+            axis.set(yscale="log", title=f"{scheme}: {name.removeprefix('model.')}")
             axis.title.set_fontsize(8)
     for axis in axes[-1]:
         axis.set_xlabel("width")

@@ -329,6 +329,7 @@ def flush_denormal() -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(600)
 @pytest.mark.usefixtures("flush_denormal")
 def test_the_best_rate_of_a_narrow_model_serves_one_four_times_as_wide_where_standards_does_not() -> None:
     exponents = range(2, 9)
