@@ -4,8 +4,8 @@
   int64, in an order that lies in memory there and is computed here.
 - batches: TokenData's stream, datatrove's ``DatatroveFileDataset`` and indexed reading as Megatron does it (a shuffled index
   of samples, an index of where samples begin in documents, both mapped from files, and reads of mapped tokens) serve the same
-  ``.ds`` file: 16 samples of 2048 tokens in the order of a shuffled epoch, as contiguous tensors of inputs and labels, one batch
-  each in turn; ours holds labels twice, for models that shift and for those that don't. "With positions" is what keeps
+  ``.ds`` file: 16 samples of 2048 tokens in the order of a shuffled epoch, as contiguous tensors of inputs and labels, one
+  batch each in turn; ours holds labels twice, for models that shift and for those that don't. "With positions" is what keeps
   documents apart.
   The ratio is of a batch's times, theirs over ours. The file is in the page cache: what is measured is the work of a sample.
 - resuming: making the stream of a blend of three corpora and its first batch, at sample 0 and at sample 10⁹ + 7, in turns.

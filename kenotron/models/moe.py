@@ -220,7 +220,7 @@ def count_tokens(index: Tensor, num_experts: int) -> Tensor:
     # Not bincount, for whose size the host waits on CUDA. Sums of ones are exact in any order up to 2^24.
     pairs = index.flatten()
     counts = torch.zeros(num_experts, device=index.device, dtype=torch.float32)
-    return counts.scatter_add_(0, pairs, torch.ones((), device=index.device).expand_as(pairs))
+    return counts.scatter_add_(0, pairs, counts.new_ones(()).expand_as(pairs))
 
 
 def balance_loss(scores: Tensor, index: Tensor, num_experts: int) -> Tensor:

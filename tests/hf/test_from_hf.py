@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import logging
 import sys
 from pathlib import Path
 
@@ -147,7 +148,8 @@ def test_a_truncated_file_and_an_architecture_without_cover_are_told(tmp_path):
         from_hf(tmp_path / "b", implementation="hf")  # type: ignore[arg-type]
 
 
-def test_a_setting_without_cover_falls_back_to_transformers_own(tmp_path, caplog):
+def test_a_setting_without_cover_falls_back_to_transformers_own(tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("kenotron"), "parent", logging.getLogger())  # a strategy gives it another one
     saved(tmp_path, hidden_act="tanh")
     assert type(from_hf(tmp_path)).__name__ == "LlamaForCausalLM"
     assert "takes transformers' own llama: activation='tanh' is not known" in caplog.text
