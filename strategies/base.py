@@ -11,7 +11,7 @@ import torch.distributed as dist
 from kenotron.checkpoint import Checkpointer, Nodes
 from kenotron.layout import ParallelLayout
 from kenotron.parallel.apply import Parallelized
-from kenotron.parallel.random import RandomStreams
+from kenotron.parallel.random import OwnStream, RandomStreams
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.guard import StepGuard
@@ -47,6 +47,7 @@ class StrategyBase(_LightningStrategy):
     _state: CheckpointState | None
     _tokens: TokenCount | None
     _streams: RandomStreams | None
+    _own_stream: OwnStream
     _sync: bool
     _guards: dict[int, StepGuard]
     _sum_to_differentiate: torch.Tensor | None

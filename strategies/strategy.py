@@ -35,7 +35,7 @@ from kenotron.parallel.context import ContextKind, check_kind
 from kenotron.parallel.grads import local
 from kenotron.parallel.init import deferring
 from kenotron.parallel.plan import ParallelPlan, transformers_models
-from kenotron.parallel.random import RandomStreams
+from kenotron.parallel.random import OwnStream, RandomStreams
 from kenotron.parallel.recompute import Recompute, RecomputeMode
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
@@ -231,6 +231,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         check_precision(self.precision_plugin, self.layout)
         self.model = self.precision_plugin.convert_module(module)
         self._done = self._parallelize(module)
+        self._own_stream = OwnStream(self.layout.dp_rank(self.global_rank), self.root_device)
         self._tokens = TokenCount(
             replicas=self.layout.tp,
             data_parallel=self.layout.dp_size * self.layout.cp,

@@ -56,7 +56,9 @@ class Training(Failures):
         assert done is not None and self._tokens is not None
         accumulate = module.trainer.accumulate_grad_batches if module.automatic_optimization else 1
         self._weight_auxiliary_losses(1.0 / accumulate)
-        with self.precision_plugin.train_step_context(), self._shown_values_are_means(module):
+        # Other samples, other masks; ranks that share samples draw alike.
+        own = self._own_stream.entered() if self.is_distributed else contextlib.nullcontext()
+        with self.precision_plugin.train_step_context(), self._shown_values_are_means(module), own:
             output = done.enclose(lambda: module.training_step(*args, **kwargs))
         if module.automatic_optimization and isinstance(output, dict) and "num_tokens" in output:
             loss = StepLoss.of(output)

@@ -28,6 +28,7 @@ from kenotron.parallel.expert import ExpertParallel
 from kenotron.parallel.expert_load import ExpertLoads
 from kenotron.parallel.grads import GradientNorm, OwedSums
 from kenotron.parallel.plan import ParallelPlan, find_plan, pipeline_hints
+from kenotron.parallel.random import OwnStream
 from kenotron.parallel.recompute import Recompute, compile_blocks
 from kenotron.parallel.shards import Shards, canonical, empty_parameter
 
@@ -277,7 +278,9 @@ def _tensor_parallel(
     _check_ties(done, styles)
     styles = {name: style for name, style in styles.items() if not (done.cut and done.cut.is_elsewhere(canonical(name)))}
     group = mesh["tp"].get_group()
-    tp = tensor.TensorParallel(group=group, rank=mesh["tp"].get_local_rank(), size=tp_size, shards=done.shards)
+    tp = tensor.TensorParallel(
+        group=group, rank=mesh["tp"].get_local_rank(), size=tp_size, shards=done.shards, device=request.device
+    )
     regions: dict[str, tensor.SequenceRegions] = {}
     runs: list[list[str]] = []
     if request.sequence_parallel:
@@ -325,8 +328,10 @@ def _context_parallel(done: Parallelized, mesh: DeviceMesh, request: Request) ->
         return
     axis = mesh["cp"]
     context = ContextParallel(
-        group=axis.get_group(), rank=axis.get_local_rank(), size=layout.cp, kind=request.context, tp=layout.tp
-    )
+        group=axis.get_group(), rank=axis.get_local_rank(), size=layout.cp, kind=request.context, tp=layout.tp,
+        # A pipeline's stream of the model is of one's own already.
+        random=None if layout.pp > 1 else OwnStream(axis.get_local_rank(), request.device),
+    )  # fmt: skip
     context.apply(done.root)
 
 

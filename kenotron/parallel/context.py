@@ -17,6 +17,7 @@ So a ``training_step`` sees one loss on all cp ranks, as if it had run the whole
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
@@ -32,6 +33,7 @@ from kenotron.models.mixer import Place
 from kenotron.parallel.collectives import gather_from, mean_from
 from kenotron.parallel.logits import VocabParallelLogits
 from kenotron.parallel.plan import transformers_models
+from kenotron.parallel.random import OwnStream
 from kenotron.parallel.ring import contiguous_indices, ring_attention, ulysses_attention, zigzag_indices
 from kenotron.parallel.states import Stretches
 
@@ -59,6 +61,7 @@ class ContextParallel:
         group: the ranks that share sequences. rank, size: of this process in it.
         kind: ``"ring"`` passes keys and values around; ``"ulysses"`` exchanges parts of the sequence for heads.
         tp: ranks over which heads are split already.
+        random: what the model draws from in training; ``None``: what is drawn from around it.
     """
 
     group: ProcessGroup
@@ -66,6 +69,7 @@ class ContextParallel:
     size: int
     kind: ContextKind
     tp: int = 1
+    random: OwnStream | None = None
 
     def apply(self, root: nn.Module) -> None:
         """Let every transformers model in ``root`` work on parts of sequences.
@@ -208,8 +212,10 @@ class _CutModel:
             loss = _Loss(axis, model, labels, shifted, count, padded)
             takes_shifted = _takes_shifted_labels(super().forward)  # type: ignore[misc]
             inside |= loss.hand_over() if takes_shifted else loss.stand_in()
+        stream = axis.random if model.training else None  # type: ignore[attr-defined]
         try:
-            output = super().forward(**inside)  # type: ignore[misc]
+            with contextlib.nullcontext() if stream is None else stream.entered():
+                output = super().forward(**inside)  # type: ignore[misc]
         finally:
             if loss is not None:
                 loss.restore()

@@ -1,8 +1,14 @@
-"""Two random streams in a pipeline: one for the code around the model, one for the model.
+"""Random streams: which ranks draw the same numbers, and which must not.
 
-The code before the model (augmentation, mixup, sampling of noise) runs on every stage of a pipeline and must draw the same
-numbers on all of them; dropout inside the stages must not move that stream, nor be the same on each stage. So the global
-generators hold the *data* stream, equal on all stages and tp ranks, and the *model* stream is swapped in while own units run.
+**Two in a pipeline**: one for the code around the model, one for the model. The code before the model (augmentation, mixup,
+sampling of noise) runs on every stage and must draw the same numbers on all of them; dropout inside the stages must not move
+that stream, nor be the same on each stage. So the global generators hold the *data* stream, equal on all stages and tp ranks,
+and the *model* stream is swapped in while own units run.
+
+**One's own, for a while** (``OwnStream``): where a rank works on its part of something (its samples in a step without a
+pipeline, its part of a sequence, its heads), it draws from a stream that is seeded by a number of the common one and its place.
+The common one is put back afterwards, where it is on all ranks. So nothing need be saved, and a recomputed forward pass draws
+alike.
 """
 
 from __future__ import annotations
@@ -11,7 +17,70 @@ import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+
+def _get(device: torch.device) -> list[Tensor]:
+    """Return the states of torch's global generators."""
+    return [torch.get_rng_state(), *([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])]
+
+
+def _set(states: list[Tensor], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    for state in states[1:]:
+        torch.cuda.set_rng_state(state, device)
+
+
+class OwnStream:
+    """This rank's own random numbers, between ``enter`` and ``leave``.
+
+    Args:
+        rank: of this process among those that draw apart.
+    """
+
+    def __init__(self, rank: int, device: torch.device) -> None:
+        self._rank, self._device = rank, device
+        self._common: list[Tensor] | None = None
+
+    @torch.compiler.disable
+    def enter(self) -> None:
+        """Leave the common stream, which all ranks draw one number from. Nothing, where that has been done."""
+        if self._common is not None:
+            return
+        with torch.device("cpu"):
+            seed = int(torch.randint(2**62, ()))  # on the host, where nothing waits for it
+        self._common = _get(self._device)
+        torch.manual_seed((seed + 0x9E3779B97F4A7C15 * (self._rank + 1)) % 2**63)
+
+    @torch.compiler.disable
+    def leave(self) -> None:
+        """Go back to the common stream, as it was when it was left."""
+        if self._common is not None:
+            _set(self._common, self._device)
+            self._common = None
+
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Run what is inside on numbers of one's own."""
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def draws_masks(module: nn.Module) -> bool:
+    """Return whether there is dropout in a module: by layers, or by a rate that it keeps (``attention_dropout``)."""
+    for child in module.modules():
+        rates = {name: value for name, value in vars(child).items() if "drop" in name and isinstance(value, float)}
+        if isinstance(child, _DROPOUTS):
+            rates["p"] = child.p
+        if any(rate > 0 for rate in rates.values()):
+            return True
+    return False
 
 
 class RandomStreams:
@@ -25,32 +94,24 @@ class RandomStreams:
         self._device = device
         with torch.random.fork_rng(devices=self._devices):
             torch.manual_seed((seed * 0x9E3779B1 + stream + 1) % 2**63)
-            self._model = self._get()
+            self._model = _get(device)
         self._data: list[Tensor] | None = None
 
     @property
     def _devices(self) -> list[torch.device]:
         return [self._device] if self._device.type == "cuda" else []
 
-    def _get(self) -> list[Tensor]:
-        return [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
-
-    def _set(self, states: list[Tensor]) -> None:
-        torch.set_rng_state(states[0])
-        for device, state in zip(self._devices, states[1:], strict=True):
-            torch.cuda.set_rng_state(state, device)
-
     def enter_model(self) -> None:
         """The first own unit of a microbatch is about to run."""
         if self._data is None:
-            self._data = self._get()
-            self._set(self._model)
+            self._data = _get(self._device)
+            _set(self._model, self._device)
 
     def leave_model(self) -> None:
         """The step of a microbatch is over."""
         if self._data is not None:
-            self._model = self._get()
-            self._set(self._data)
+            self._model = _get(self._device)
+            _set(self._data, self._device)
             self._data = None
 
     @contextlib.contextmanager

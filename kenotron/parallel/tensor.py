@@ -42,6 +42,7 @@ from kenotron.models.layers import FusedLinear, RMSNorm
 from kenotron.models.mixer import CausalConv, GatedNorm
 from kenotron.parallel.collectives import copy_to, gather_from, reduce_from, reduce_scatter_to, scatter_to
 from kenotron.parallel.logits import VocabParallelLogits
+from kenotron.parallel.random import OwnStream, draws_masks
 from kenotron.parallel.shards import Shards, TensorShard, canonical
 from kenotron.parallel.vocab import vocab_parallel_embedding
 
@@ -55,16 +56,21 @@ class TensorParallel:
     Args:
         group: the tp group. rank, size: of this process in it.
         shards: filled with what this rank holds of each parameter.
+        device: of this rank; dropout on split activations draws from a stream of the rank's own there.
     """
 
     group: dist.ProcessGroup
     rank: int
     size: int
     shards: Shards
+    device: torch.device
+    random: OwnStream = field(init=False)
     _shared: _SharedInput = field(init=False)
+    _masked: set[str] = field(init=False, default_factory=set)  # modules with dropout between split linears
 
     def __post_init__(self) -> None:
         self._shared = _SharedInput(self.group)
+        self.random = OwnStream(self.rank, self.device)
 
     def apply(self, root: nn.Module, styles: dict[str, str], sequence_regions: Iterable[str] = ()) -> None:
         """Cut every module of ``root`` that ``styles`` names (see ``plan.STYLES``).
@@ -76,6 +82,9 @@ class TensorParallel:
             ValueError: a size that tp does not divide, a style that does not fit its module.
         """
         regions = tuple(region + "." for region in sequence_regions)
+        ends = {name.rpartition(".")[0] for name, style in styles.items() if style in ("rowwise", "packed_rowwise")}
+        ends = {name for name in ends if not f"{name}.".startswith(regions)}
+        self._masked = {name for name in ends if draws_masks(root.get_submodule(name))}
         for name, style in styles.items():
             parent_name, _, last = name.rpartition(".")
             parent = root.get_submodule(parent_name)
@@ -123,6 +132,8 @@ class TensorParallel:
                 self._split_logits(module)
             elif not in_sequence_region:
                 module.register_forward_pre_hook(lambda m, args: (self._shared.share(args[0]), *args[1:]))
+                if name.rpartition(".")[0] in self._masked:
+                    module.register_forward_pre_hook(lambda m, args: self._enter_random(m))
             if style == "colwise_gather_output":
                 module.register_forward_hook(lambda m, args, out: gather_from(out, -1, self.group, grad="slice"))
         else:
@@ -150,11 +161,17 @@ class TensorParallel:
         head.register_forward_pre_hook(enter)
         head.register_forward_hook(leave)
 
+    def _enter_random(self, module: nn.Module) -> None:
+        if module.training:
+            self.random.enter()
+
     def _sum_output(self, module: nn.Linear, name: str, in_sequence_region: bool) -> None:
         """Sum a row-wise linear's output over tp; its bias is added once, after the sum."""
 
         def total(x: Tensor) -> Tensor:
             self._shared.forget()
+            if name.rpartition(".")[0] in self._masked:
+                self.random.leave()
             if in_sequence_region:
                 return reduce_scatter_to(x, _SEQUENCE_DIM, self.group)
             return reduce_from(x, self.group)
@@ -542,9 +559,28 @@ def apply_sequence_parallel(
                 gather = _on_input(lambda x: gather_from(x, _SEQUENCE_DIM, tp.group, grad="slice"))
                 region.register_forward_pre_hook(gather, with_kwargs=True)
                 region.register_forward_hook(_on_output(lambda x: scatter_to(x, _SEQUENCE_DIM, tp.group)))
+            if draws_masks(block):
+                _draw_apart(root, block, found, tp)
             for name in found.slices:
                 tp.shards.partial.update(f"{name}.{key}" for key, _ in root.get_submodule(name).named_parameters())
             tp.shards.partial.update(f"{block_name}.{key}" for key, _ in block.named_parameters(recurse=False))
+
+
+def _draw_apart(root: nn.Module, block: nn.Module, regions: SequenceRegions, tp: TensorParallel) -> None:
+    """Let a block draw numbers of this rank's own, except in regions that all ranks run whole."""
+
+    def enter(module: nn.Module, args: Any) -> None:
+        if block.training:
+            tp.random.enter()
+
+    def leave(module: nn.Module, *args: Any) -> None:
+        tp.random.leave()
+
+    block.register_forward_pre_hook(enter)
+    block.register_forward_hook(leave)
+    for name in regions.whole:
+        root.get_submodule(name).register_forward_pre_hook(leave)
+        root.get_submodule(name).register_forward_hook(lambda m, args, out: enter(m, args))
 
 
 def _on_input(change: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
