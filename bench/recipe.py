@@ -31,6 +31,7 @@ from torch.utils._pytree import tree_iter
 
 from kenotron import KenotronStrategy
 from kenotron.models import Decoder
+from kenotron.parallel.grads import local
 from kenotron.parallel.recompute import Recompute
 from kenotron.testing import RankPool
 
@@ -67,7 +68,9 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in tree_iter(out):
             if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu":
-                self._count(tensor.untyped_storage())
+                # A DTensor's own storage is as large as the whole and holds nothing; what it stands for is not seen elsewhere.
+                with torch.no_grad():
+                    self._count(local(tensor).untyped_storage())
         return out
 
     def _count(self, storage: torch.UntypedStorage) -> None:

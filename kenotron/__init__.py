@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from kenotron.checkpoint import load_state_dict
     from kenotron.hf import from_checkpoint, from_hf
     from kenotron.layout import ParallelLayout
+    from kenotron.parallel.float8 import Float8
     from kenotron.parallel.plan import ParallelPlan
     from kenotron.parallel.recompute import Recompute
     from kenotron.strategies import KenotronStrategy
@@ -25,6 +26,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "CausalLM": "kenotron.tasks",
     "ChatData": "kenotron.tasks",
+    "Float8": "kenotron.parallel.float8",
     "KenotronStrategy": "kenotron.strategies",
     "ParallelLayout": "kenotron.layout",
     "ParallelPlan": "kenotron.parallel.plan",
@@ -39,6 +41,7 @@ _PUBLIC = {
 __all__ = [
     "CausalLM",
     "ChatData",
+    "Float8",
     "KenotronStrategy",
     "ParallelLayout",
     "ParallelPlan",

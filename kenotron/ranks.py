@@ -129,6 +129,11 @@ class RankMonitor:
         while not self._store.check(keys):
             if self._finished.wait(0.02):
                 return
+            if self._store.check(["failure"]):  # who failed answers no more: let go, until it is gone for everybody
+                with self._lock:
+                    self._gate_closed = False
+                    self._lock.notify_all()
+                return
         stop_at = max(int(self._store.get(key)) for key in keys)
         with self._lock:
             self._stop_at, self._gate_closed = stop_at, False

@@ -6,13 +6,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from kenotron.strategies.guard import Guard, TooManySkippedStepsError
-from kenotron.strategies.settings import CheckpointSettings, ProcessGroupSettings
+from kenotron.strategies.settings import AutoSettings, CheckpointSettings, ProcessGroupSettings
 from kenotron.strategies.strategy import strategy_class
 
 if TYPE_CHECKING:
     from kenotron.strategies.strategy import KenotronStrategyBase as KenotronStrategy
 
 __all__ = [
+    "AutoSettings",
     "CheckpointSettings",
     "Guard",
     "KenotronStrategy",

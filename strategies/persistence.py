@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch.optim import Optimizer
 
 from kenotron import checkpoint as checkpoints
+from kenotron.checkpoint import LocalTensor
 from kenotron.strategies import _lightning
 from kenotron.strategies.base import StrategyBase
 from kenotron.strategies.checkpointing import (
@@ -31,6 +32,11 @@ class Persistence(StrategyBase):
             state: dict[str, Any] = super().lightning_module_state_dict()
             return state
         return self._state.state_dict()
+
+    def held_parameters(self) -> list[LocalTensor]:
+        """Return what this rank holds of each parameter, as boxes of global tensors, and which ranks hold the same."""
+        assert self._state is not None
+        return self._state.parameters()
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """Nothing: what this rank has of it goes to the checkpoint straight from the optimizer."""
@@ -69,15 +75,20 @@ class Persistence(StrategyBase):
         """Remove a checkpoint, once one that was begun later is published."""
         if self._uses_foreign_io:
             super().remove_checkpoint(filepath)
-        elif self._leads_checkpoints:
+        elif self.leads_checkpoints:
             self.checkpointer.remove(filepath)
             if not self.checkpointer.is_training:
                 self.checkpointer.wait()
 
     @property
-    def _leads_checkpoints(self) -> bool:
+    def leads_checkpoints(self) -> bool:
         """Whether this rank removes checkpoints: the first of all, or of its node where nodes share no file system."""
         return self.is_global_zero if self._nodes is None else self.global_rank == self._nodes.ranks[0]
+
+    @property
+    def checkpoint_node(self) -> int | None:
+        """The number of this node where each stores its part of checkpoints on its own; ``None``: all ranks see the same."""
+        return None if self._nodes is None else self._nodes.index
 
     def _exchange(self, own: Any) -> list[Any]:
         """Return what each rank passes."""

@@ -22,6 +22,19 @@ def check_precision(plugin: Any, layout: ParallelLayout) -> None:
         raise ValueError(f"precision={precision!r} does not work on several ranks. Set one of {', '.join(_SUPPORTED)}.")
 
 
+def check_gather(plugin: Any, layout: ParallelLayout) -> None:
+    """Raise ``ValueError`` where weights can't be gathered as bfloat16."""
+    if str(plugin.precision) != "bf16-mixed":
+        raise ValueError(
+            f"gather_bf16=True goes with precision='bf16-mixed', which casts the rest, and precision is {plugin.precision!r}. "
+            "Set that precision, or leave gather_bf16 out."
+        )
+    if layout.zero_stage == 0:
+        raise ValueError(
+            "gather_bf16=True with zero_stage=0: nothing is gathered. Set zero_stage to 1, 2 or 3, or leave it out."
+        )
+
+
 def share_overflow(plugin: Any) -> None:
     """Let a fp16 plugin's scaler skip a step on all ranks where one rank's gradients overflow."""
     scaler = getattr(plugin, "scaler", None)

@@ -23,6 +23,22 @@ class ProcessGroupSettings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AutoSettings:
+    """What the planner is told where settings are ``"auto"``.
+
+    Args:
+        sequence_length: tokens of a sample; ``None``: as many as the model has positions, 2048 at most.
+        global_batch_size: samples of an update over all ranks; ``None``: 8 for each rank and accumulated batch. The
+            loader's batch is to follow ``strategy.layout.dp_size``, as ``TokenData`` does it.
+        memory_gb: of a device, for tensors; ``None``: what the hardware has, less a reserve.
+    """
+
+    sequence_length: int | None = None
+    global_batch_size: int | None = None
+    memory_gb: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class CheckpointSettings:
     """How checkpoints are written.
 

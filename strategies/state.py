@@ -92,6 +92,10 @@ class CheckpointState:
                 owner = self._first(self._ranks_of_stage(name) if name in buffers else self._sharing)
                 yield LocalTensor.whole(_MODEL + name, local(value), owners=(owner,))
 
+    def parameters(self) -> list[LocalTensor]:
+        """Return what this rank has of each parameter, by the name in the module."""
+        return [self._boxed(name, name, param.detach(), lazy=True) for name, param in self._done.named_parameters().items()]
+
     def aliases(self) -> dict[str, str]:
         """Return the further names of tied weights, as the checkpoint knows them."""
         return {_MODEL + name: _MODEL + first for name, first in self._done.aliases.items()}

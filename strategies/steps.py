@@ -41,7 +41,7 @@ class PipelineSteps:
         experts: ExpertParallel | None = None,
     ) -> None:
         self._module = module
-        self._pipeline = pipeline
+        self.pipeline = pipeline
         self._splitter = splitter
         self._relay = relay
         self._streams = streams
@@ -89,9 +89,9 @@ class PipelineSteps:
                 return step(microbatches[index], *rest)
 
         keys = [("train", shape_key(microbatch)) for microbatch in microbatches]
-        self._pipeline.train_step(keys, run, probe)
+        self.pipeline.train_step(keys, run, probe)
         mean = merged = None
-        if self._pipeline.is_last:
+        if self.pipeline.is_last:
             mean = self._tokens.mean([loss for loss in losses if loss is not None], weights)
             merged = merge(calls, weights)
         mean, merged = self._relay.send(merged, mean)
@@ -136,7 +136,7 @@ class PipelineSteps:
                     calls[:] = recorded
 
         key = (getattr(step, "__name__", ""), shape_key(batch))
-        output = self._pipeline.forward(key, run)
+        output = self.pipeline.forward(key, run)
         _, merged = self._relay.send(calls)
         self._relay.replay(merged)
         return output
@@ -144,7 +144,7 @@ class PipelineSteps:
     def share(self, output: Any) -> Any:
         """Return the last stage's ``output`` on every rank of the pipeline."""
         box = [_to_cpu(output)]
-        dist.broadcast_object_list(box, self._pipeline.last_rank, group=self._pipeline.group)
+        dist.broadcast_object_list(box, self.pipeline.last_rank, group=self.pipeline.group)
         return box[0]
 
     # --------------------------------------------------------------------------------------------------------- hooks
@@ -157,7 +157,7 @@ class PipelineSteps:
         """
         result, calls = None, None
         with recording(self._module) as recorded:
-            if self._pipeline.is_last:
+            if self.pipeline.is_last:
                 result, calls = hook(*args, **kwargs), recorded
             else:
                 with contextlib.suppress(Exception):

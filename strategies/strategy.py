@@ -32,6 +32,7 @@ from kenotron.parallel import pipeline as pipelines
 from kenotron.parallel._torch import default_store, flatten
 from kenotron.parallel.apply import Parallelized, Request, parallelize
 from kenotron.parallel.context import ContextKind, check_kind
+from kenotron.parallel.float8 import Float8
 from kenotron.parallel.grads import local
 from kenotron.parallel.init import deferring
 from kenotron.parallel.plan import ParallelPlan, transformers_models
@@ -39,6 +40,7 @@ from kenotron.parallel.random import OwnStream, RandomStreams
 from kenotron.parallel.recompute import Recompute, RecomputeMode
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
+from kenotron.strategies.auto import choose, take_apart
 from kenotron.strategies.checkpointing import check_path
 from kenotron.strategies.collectives import Collectives
 from kenotron.strategies.guard import Guard, StepGuard, check_precision_of_guard
@@ -46,8 +48,8 @@ from kenotron.strategies.logs import LogRelay
 from kenotron.strategies.loss import TokenCount
 from kenotron.strategies.microbatches import Splitter
 from kenotron.strategies.persistence import Persistence
-from kenotron.strategies.precision import check_precision, share_overflow
-from kenotron.strategies.settings import CheckpointSettings, ProcessGroupSettings
+from kenotron.strategies.precision import check_gather, check_precision, share_overflow
+from kenotron.strategies.settings import AutoSettings, CheckpointSettings, ProcessGroupSettings
 from kenotron.strategies.state import CheckpointState
 from kenotron.strategies.steps import PipelineSteps
 from kenotron.strategies.training import Training
@@ -81,8 +83,13 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         capacity_factor: an expert takes so many times its even share of a rank's tokens, and drops the rest; ``None``: all.
         recompute: what blocks keep for the backward pass: ``"none"`` (everything), ``"full"`` (their inputs), ``"selective"``
             (matrix products and attention), or a ``Recompute`` with every n-th block, operators, a budget, offloading.
+        float8: products of the blocks' linear layers run in float8, by torchao; ``Float8`` says which and how they are scaled.
         compile: let torch compile each block.
+        gather_bf16: under ``precision="bf16-mixed"`` weights that ZeRO shards are gathered, and used, as bfloat16: half the
+            traffic, and autocast makes no copies. Weights stay float32, and so do the sums of gradients.
         plan: what becomes of each module, as a ``ParallelPlan`` or a mapping of name patterns to styles.
+        auto: what the planner is told. It chooses whatever of ``tp``, ``pp``, ``cp``, ``ep``, ``dp_replicate``, ``zero_stage``,
+            ``sequence_parallel`` and ``recompute`` is ``"auto"``.
         guard: which steps are skipped because their loss or gradients are not finite, or jump; ``None``: none.
         process_group, checkpoint: further settings.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in Lightning's strategies.
@@ -93,24 +100,27 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
 
     def __init__(
         self,
-        tp: int = 1,
-        pp: int = 1,
-        cp: int = 1,
-        ep: int = 1,
+        tp: int | Literal["auto"] = 1,
+        pp: int | Literal["auto"] = 1,
+        cp: int | Literal["auto"] = 1,
+        ep: int | Literal["auto"] = 1,
         dp: int | Literal["auto"] = "auto",
-        dp_replicate: int = 1,
-        zero_stage: ZeroStage = 1,
-        sequence_parallel: bool = False,
+        dp_replicate: int | Literal["auto"] = 1,
+        zero_stage: ZeroStage | Literal["auto"] = 1,
+        sequence_parallel: bool | Literal["auto"] = False,
         schedule: str = "1f1b",
         microbatches: int | Literal["auto"] = "auto",
         virtual_stages: int = 1,
         blocks: str | None = None,
         context: ContextKind = "ring",
         capacity_factor: float | None = None,
-        recompute: RecomputeMode | Recompute = "none",
+        recompute: RecomputeMode | Recompute | Literal["auto"] = "none",
+        float8: bool | Float8 = False,
         compile: bool = False,
+        gather_bf16: bool = False,
         plan: ParallelPlan | Mapping[str, str] | None = None,
         *,
+        auto: AutoSettings | None = None,
         guard: Guard | None = None,
         process_group: ProcessGroupSettings | None = None,
         checkpoint: CheckpointSettings | None = None,
@@ -120,22 +130,33 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         checkpoint_io: Any = None,
         precision_plugin: Any = None,
     ) -> None:
-        self._wanted = ParallelLayout(dp=dp, tp=tp, pp=pp, cp=cp, ep=ep, dp_replicate=dp_replicate, zero_stage=zero_stage)
+        given: dict[str, Any] = {
+            "tp": tp, "pp": pp, "cp": cp, "ep": ep, "dp_replicate": dp_replicate, "zero_stage": zero_stage,
+            "sequence_parallel": sequence_parallel, "recompute": recompute,
+        }  # fmt: skip
+        self._given, self._auto = take_apart(given)
+        self._auto_settings = auto or AutoSettings()
+        axes = {name: self._given[name] for name in ("tp", "pp", "cp", "ep", "dp_replicate", "zero_stage")}
+        self._wanted = wanted = ParallelLayout(dp=dp, **axes)
         check_kind(context)
-        if capacity_factor is not None and (ep == 1 or capacity_factor <= 0):
+        if capacity_factor is not None and ((wanted.ep == 1 and "ep" not in self._auto) or capacity_factor <= 0):
             raise ValueError(
                 f"capacity_factor={capacity_factor}, ep={ep}: it is a positive number, for ep > 1. Set it to None."
             )
-        _check_microbatches(microbatches, pp)
-        pipelines.check_schedule(schedule, virtual_stages, pp)
-        if pp > 1 and microbatches != "auto":
-            pipelines.check_microbatches(schedule, microbatches, pp)
-        if sequence_parallel and tp == 1:
+        if "pp" not in self._auto:
+            _check_microbatches(microbatches, wanted.pp)
+            pipelines.check_schedule(schedule, virtual_stages, wanted.pp)
+        if wanted.pp > 1 and microbatches != "auto":
+            pipelines.check_microbatches(schedule, microbatches, wanted.pp)
+        if self._given["sequence_parallel"] and wanted.tp == 1 and "tp" not in self._auto:
             raise ValueError("sequence_parallel=True cuts sequences over the tp ranks, but tp=1. Set tp > 1, or False.")
         self._schedule, self._virtual_stages, self._microbatches = schedule, virtual_stages, microbatches
-        self._sequence_parallel, self._blocks, self._plan = sequence_parallel, blocks, ParallelPlan.of(plan)
+        self._sequence_parallel = bool(self._given["sequence_parallel"])
+        self._blocks, self._plan = blocks, ParallelPlan.of(plan)
         self._context, self._capacity_factor = context, capacity_factor
-        self._recompute, self._compile, self._guard = Recompute.of(recompute), compile, guard
+        self._gather_bf16 = gather_bf16
+        self._float8 = Float8() if float8 is True else float8 or None
+        self._recompute, self._compile, self._guard = Recompute.of(self._given["recompute"]), compile, guard
         self._group_settings = process_group or ProcessGroupSettings()
         self._checkpoint_settings = checkpoint or CheckpointSettings()
         self._held_checkpointer: Checkpointer | None = None
@@ -169,13 +190,18 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         super().setup_environment()
         self.names.reset_seed()
         self.set_world_ranks()
-        self._layout = self._wanted.resolve(self.world_size)
+        if not self._auto:
+            self._layout = self._wanted.resolve(self.world_size)
         self._seed = torch.initial_seed() % 2**31
+        settings = self._group_settings
+        if self.world_size > 1:
+            backend = settings.backend or self.names.backend_for_device(self.root_device)
+            self.names.init_dist_connection(self.cluster_environment, backend, timeout=settings.timeout)
+        if self._auto:
+            self._ask_planner()
         if self.world_size == 1:
             return
-        settings = self._group_settings
-        backend = settings.backend or self.names.backend_for_device(self.root_device)
-        self.names.init_dist_connection(self.cluster_environment, backend, timeout=settings.timeout)
+        assert self._layout is not None
         if self._mesh is None:
             self._mesh = self._layout.device_mesh(self.root_device.type, settings.timeout)
             if self._layout.ep > 1:
@@ -187,6 +213,36 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._monitor = RankMonitor(store, self.global_rank, self.world_size, name=str(next(_monitors)))
         _lightning.set_device_mesh(self._user_module, self._mesh)
         self._agree_on_seed()
+
+    def _ask_planner(self) -> None:
+        """Let rank 0 choose what is "auto", for all ranks."""
+        if self._layout is not None:  # a second call of the trainer
+            return
+        module = self._user_module
+        answer: list[Any] = [None]
+        if self.global_rank == 0:
+            fixed = {"schedule": self._schedule, "virtual_stages": self._virtual_stages, "dp": self._wanted.dp}
+            try:
+                answer[0] = choose(
+                    module, self._auto, {**self._given, **fixed}, world_size=self.world_size,
+                    precision=str(self.precision_plugin.precision), device=self.root_device,
+                    accumulate=module.trainer.accumulate_grad_batches, settings=self._auto_settings, user_plan=self._plan,
+                    blocks=self._blocks,
+                )  # fmt: skip
+            except ValueError as error:  # every rank is to raise it
+                answer[0] = error
+        if self.world_size > 1:
+            dist.broadcast_object_list(answer, 0)
+        if isinstance(answer[0], ValueError):
+            raise answer[0]
+        choice = answer[0].choice
+        self._layout = self._wanted = choice.layout
+        self._sequence_parallel, self._recompute = choice.sequence_parallel, choice.recompute
+        if choice.layout.pp > 1 and self._microbatches == "auto":
+            self._microbatches = choice.num_microbatches
+        memory, time = answer[0].memory.total / 1e9, answer[0].time.step
+        text = f"planned: {choice}: {memory:.2f} GB on the fullest rank, {time:.3f} s a step by the planner's count"
+        _lightning.say(self.names, text)
 
     def _find_nodes(self, store: dist.Store) -> Nodes | None:
         """Return how nodes agree on checkpoints, where each has a file system of its own."""
@@ -229,6 +285,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         module = self._user_module
         self._check(module)
         check_precision(self.precision_plugin, self.layout)
+        if self._gather_bf16:
+            check_gather(self.precision_plugin, self.layout)
         self.model = self.precision_plugin.convert_module(module)
         self._done = self._parallelize(module)
         self._own_stream = OwnStream(self.layout.dp_rank(self.global_rank), self.root_device)
@@ -296,9 +354,9 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             if self.num_nodes > 1:
                 leader = self.global_rank - self.local_rank
                 check_sharing(folder, self._exchange, leader=leader, rank=self.global_rank, node_local=self._nodes is not None)
-            for restored in recover(folder, self._exchange, leads=self._leads_checkpoints) if self._nodes else ():
+            for restored in recover(folder, self._exchange, leads=self.leads_checkpoints) if self._nodes else ():
                 _lightning.warn(self.names, f"Published {restored}, as on the other nodes: the run before died over it.")
-            if not self._leads_checkpoints:
+            if not self.leads_checkpoints:
                 continue
             for leftover in remove_leftovers(folder):
                 _lightning.warn(self.names, f"Removed {leftover}: a save that died before it was published.")
@@ -349,8 +407,10 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             sequence_parallel=self._sequence_parallel,
             context=self._context,
             capacity_factor=self._capacity_factor,
+            float8=self._float8,
             recompute=self._recompute,
             compile=self._compile,
+            gather_bf16=self._gather_bf16,
             manual_optimization=not module.automatic_optimization,
         )
         if self._layer_sync is not None and self.is_distributed:

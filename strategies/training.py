@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Collection, Generator, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from kenotron.models.moe import set_loss_weight, update_expert_bias
 from kenotron.parallel.apply import data_group
 from kenotron.parallel.expert_load import ExpertLoad
 from kenotron.parallel.grads import clip_by_norm, clip_by_value
+from kenotron.parallel.pipeline import Pipeline
 from kenotron.strategies import _lightning
 from kenotron.strategies.failures import Failures
 from kenotron.strategies.guard import StepGuard, mean_over_ranks
@@ -201,10 +202,36 @@ class Training(Failures):
         assert self._done is not None
         return self._done.norm(self._gradients_of(optimizer or self.optimizers[0]), norm_type)
 
+    def parameter_names(self, optimizer: Optimizer) -> list[list[str]]:
+        """Return the names of the parameters in each group of an optimizer, alike on all ranks: also of other stages'."""
+        assert self._done is not None
+        names = self._done.names()
+        found = [[names[id(param)] for param in group["params"] if id(param) in names] for group in optimizer.param_groups]
+        return [list(dict.fromkeys(group)) for group in found]  # a tied weight once
+
+    def grad_norms(self, sets: Mapping[str, Collection[str]]) -> dict[str, Tensor]:
+        """Return the norm of the gradient of each set of parameters (0-dim float64), every element counted once.
+
+        In one collective. All ranks call it with the same names, as :meth:`parameter_names` gives them.
+        """
+        assert self._done is not None
+        norms = self._done.norm.of_sets(self._done.named_parameters(), sets, self.root_device)
+        return dict(zip(sets, norms.unbind(), strict=True))
+
+    def grad_histograms(self, sets: Mapping[str, Collection[str]], edges: Tensor) -> tuple[Tensor, Tensor]:
+        """Return counts of gradients between edges and what they span, see :meth:`GradientNorm.histograms`."""
+        assert self._done is not None
+        return self._done.norm.histograms(self._done.named_parameters(), sets, edges)
+
     def expert_loads(self) -> dict[str, ExpertLoad]:
         """Return what the experts of each layer got in training since the last call, by name. All ranks call it."""
         assert self._done is not None
         return {} if self._done.loads is None else self._done.loads.report()
+
+    @property
+    def pipeline(self) -> Pipeline | None:
+        """What runs this rank's pipeline stages; ``None`` before set-up, and where ``pp`` is 1."""
+        return None if self._steps is None else self._steps.pipeline
 
     def evaluate(self, call: Callable[[], Any]) -> Any:
         """Return ``call()``, which uses the module between steps: with its parameters at hand, in validation's precision.

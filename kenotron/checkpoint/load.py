@@ -138,7 +138,8 @@ def _load_whole(manifest: Manifest, names: Iterable[str]) -> dict[str, torch.Ten
     # The manifest's shapes can be allocated: they were checked against the bytes that are there.
     stored = {name: manifest.tensors[name] for name in names}
     _check_here(manifest, ((name, whole(tensor.shape)) for name, tensor in stored.items()))
-    tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in stored.items()}
+    # A model under construction may have another default device.
+    tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") for name, tensor in stored.items()}
     load_into(manifest, [LocalTensor.whole(name, tensor) for name, tensor in tensors.items()])
     return tensors
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ from kenotron.checkpoint import CheckpointError, FileReport, Manifest, NotACheck
 from kenotron.checkpoint import merge as merge_parts
 from kenotron.checkpoint import verify as verify_checkpoint
 from kenotron.checkpoint.format import MANIFEST, unpublished_name
+from kenotron.checkpoint.remote import RemoteFolder
 
 #: Exit codes.
 WHOLE, DAMAGED, NO_CHECKPOINT = 0, 1, 2
@@ -24,8 +26,9 @@ WHOLE, DAMAGED, NO_CHECKPOINT = 0, 1, 2
 # ---- verify ---------------------------------------------------------------------------------------------------------
 
 
-def verify(path: str) -> int:
+def verify(options: argparse.Namespace) -> int:
     """Print what is in each file of a checkpoint and how fast it was read; return the exit code."""
+    path: str = options.path
     try:
         report = verify_checkpoint(path, on_file=_print_file)
     except (CheckpointError, OSError) as error:
@@ -52,8 +55,9 @@ def _print_file(file: FileReport) -> None:
 # ---- merge ----------------------------------------------------------------------------------------------------------
 
 
-def merge(parts: list[str], path: str) -> int:
+def merge(options: argparse.Namespace) -> int:
     """Make one checkpoint of the parts of all nodes and print what it holds; return the exit code."""
+    parts, path = options.parts, options.path
     try:
         merged = merge_parts(parts, path)
     except (CheckpointError, ValueError, OSError) as error:
@@ -63,12 +67,26 @@ def merge(parts: list[str], path: str) -> int:
     return WHOLE
 
 
+# ---- fetch ----------------------------------------------------------------------------------------------------------
+
+
+def fetch(options: argparse.Namespace) -> int:
+    """Bring a checkpoint from a URL and print what has come; return the exit code."""
+    try:
+        manifest = read_manifest(RemoteFolder(options.url).fetch(options.path, options.name))
+    except (CheckpointError, ValueError, OSError, ImportError) as error:
+        print(error, file=sys.stderr)
+        return NO_CHECKPOINT
+    print(f"{manifest.path} holds {_count(len(manifest.tensors), 'tensor')}, {_size(sum(manifest.files.values()))}")
+    return WHOLE
+
+
 # ---- ls -------------------------------------------------------------------------------------------------------------
 
 
-def ls(path: str, *, as_json: bool) -> int:
+def ls(options: argparse.Namespace) -> int:
     """Print the tensors of a checkpoint, or the checkpoints of a folder; return the exit code."""
-    folder = Path(path)
+    folder = Path(options.path)
     try:
         if is_checkpoint(folder) or not folder.is_dir() or unpublished_name(folder.resolve().name):
             found, show = _describe(read_manifest(folder)), _show
@@ -80,7 +98,7 @@ def ls(path: str, *, as_json: bool) -> int:
     except OSError as error:
         print(error, file=sys.stderr)
         return NO_CHECKPOINT
-    if as_json:
+    if options.json:
         print(json.dumps(found, indent=1))
     else:
         show(found)

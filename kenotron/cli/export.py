@@ -1,4 +1,4 @@
-"""``kenotron export`` and ``kenotron convert``: models from one form into another."""
+"""``kenotron export``, ``kenotron convert`` and ``kenotron checkpoint consolidate``: models from one form into another."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from kenotron.checkpoint import CheckpointError
+from kenotron.hf import consolidate as consolidate_checkpoint
 from kenotron.hf import export, hf_to_kenotron, kenotron_to_nanotron, nanotron_to_kenotron
 
 
@@ -50,6 +51,18 @@ def convert(options: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 1
     return _tell(out, started)
+
+
+def consolidate(options: argparse.Namespace) -> int:
+    """Write one file, say how large it is, and return the exit code."""
+    started = time.monotonic()
+    try:
+        out = consolidate_checkpoint(options.checkpoint, options.out, optimizer=options.optimizer)
+    except (ValueError, CheckpointError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{out}: {out.stat().st_size / 1e9:.3g} GB in {time.monotonic() - started:.1f} s")
+    return 0
 
 
 def _tell(out: Path, started: float) -> int:

@@ -41,6 +41,8 @@ class Sampling:
         shift_windows: windows only: each pass cuts the corpus at other places.
         pad_token_id: stands where a sample has no token; never learned.
         seed: of the orders and places.
+        corpus_ids: batches also have ``corpus``, int64 of shape (samples,): the number of each sample's corpus, in the order in
+            which they are named. Models take no such argument: it is for your ``training_step`` to take out.
 
     Raises:
         ValueError: an unknown kind of samples, or a negative id.
@@ -52,6 +54,7 @@ class Sampling:
     shift_windows: bool = True
     pad_token_id: int = 0
     seed: int = 0
+    corpus_ids: bool = False
 
     def __post_init__(self) -> None:
         if self.samples not in ("windows", "documents"):
@@ -137,7 +140,7 @@ class Stream:
     def batch(self, first: int, count: int) -> dict[str, np.ndarray]:
         """Return the global samples [first, first + count), all of one segment's sequence length: int64 arrays (count, length).
 
-        See :meth:`kenotron.data.rows.Rows.batch` for the names.
+        See :meth:`kenotron.data.rows.Rows.batch` for the names; ``corpus`` is told by :class:`Sampling`.
         """
         index = at_sample(self.segments, first)
         segment = self.segments[index]
@@ -149,7 +152,11 @@ class Stream:
             self._fill(out, rows, name, segment.sequence_length, places[rows] + self._before[index][name])
         if self._infiller is not None:
             self._infiller.apply(out, first)
-        return out.batch()
+        batch = out.batch()
+        if self.sampling.corpus_ids:
+            numbers = {name: number for number, name in enumerate(self._sources)}
+            batch["corpus"] = np.array([numbers[name] for name in names])[corpora]
+        return batch
 
     def corpora_of(self, first: int, count: int) -> list[str]:
         """Return the names of the corpora that the samples [first, first + count) come from."""

@@ -1,5 +1,6 @@
 """Hugging Face model directories: read by byte ranges, written as a stream, published by one rename."""
 
+from kenotron.hf.consolidate import consolidate
 from kenotron.hf.convert import hf_to_kenotron, kenotron_to_nanotron, nanotron_to_kenotron
 from kenotron.hf.directory import HFDirectory, HFTensor
 from kenotron.hf.errors import (
@@ -30,6 +31,7 @@ __all__ = [
     "ShardMissingError",
     "ShardTruncatedError",
     "WeightIndexError",
+    "consolidate",
     "export",
     "from_checkpoint",
     "from_hf",

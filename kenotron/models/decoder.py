@@ -30,8 +30,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 from kenotron.models.architecture import Architecture
 from kenotron.models.attention import Attention, check_attention, choose_attention
 from kenotron.models.autocast import compute_dtype
+from kenotron.models.causal import OwnCausalLM
 from kenotron.models.experts import Experts
-from kenotron.models.head import Head, shifted
 from kenotron.models.layers import MLP, RMSNorm
 from kenotron.models.moe import Float32Buffers, MoE, Router
 from kenotron.parallel.plan import ParallelPlan
@@ -216,7 +216,7 @@ def document_lengths(documents: Tensor, attention_mask: Any) -> dict[str, Any]:
     return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
 
-class Decoder(_Pretrained, GenerationMixin):
+class Decoder(OwnCausalLM, _Pretrained, GenerationMixin):
     """A causal language model of one of the families that :data:`~kenotron.models.architecture.FAMILIES` names.
 
     Args:
@@ -232,17 +232,13 @@ class Decoder(_Pretrained, GenerationMixin):
 
     def __init__(self, config: Any, *, attention: str = "auto", z_loss: float = 0.0) -> None:
         check_attention(attention)
-        if z_loss < 0:
-            raise ValueError(f"z_loss={z_loss}: set a coefficient of 0 or more.")
         config = copy.deepcopy(config)
         config._attn_implementation = "sdpa" if attention == "auto" else attention
         config._experts_implementation = None  # ours are no choice of transformers'
         super().__init__(config)
         self.model = DecoderModel(self.config)
         self.model.chooses_attention = attention == "auto"
-        self.lm_head = Head(config.hidden_size, config.vocab_size)
-        self.z_loss = z_loss
-        self.loss_type = "ForCausalLM"  # which transformers else reads from the class's name
+        self._make_head(config, z_loss)
         self.post_init()
 
     def forward(
@@ -274,37 +270,16 @@ class Decoder(_Pretrained, GenerationMixin):
             return_logits: ``None``: where there are no labels. With them they are what a loss costs most memory for.
         """
         has_labels = labels is not None or shift_labels is not None
-        if use_cache is None:
-            is_step = past_key_values is not None
-            use_cache = is_step or (not (has_labels or self.training or position_ids is not None) and self.config.use_cache)
+        use_cache = self._keeps_states(use_cache, past_key_values, has_labels, position_ids)
         _refuse(kwargs)
         output = self.model(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, past_key_values=past_key_values,
             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
         )  # fmt: skip
-        x_BSH, loss, logits = output.last_hidden_state, None, None
-        if has_labels:
-            loss = self.lm_head(x_BSH, shifted(labels, shift_labels), z_loss=self.z_loss, num_items=num_items_in_batch)
-        if return_logits or not has_labels:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(x_BSH[:, keep])
+        x_BSH = output.last_hidden_state
+        loss, logits = self._end(x_BSH, labels, shift_labels, num_items_in_batch, return_logits, logits_to_keep)
         return CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=output.past_key_values, hidden_states=output.hidden_states
-        )
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: what transformers would write has our names, and nothing else could read it."""
-        raise ValueError("Decoder has no save_pretrained. Write a Hugging Face directory of a checkpoint: kenotron.hf.export.")
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: what transformers would read has other names."""
-        raise ValueError("Decoder has no from_pretrained. Use kenotron.from_hf(path).")
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: the head computes losses, which the one that transformers would make does not."""
-        raise ValueError(
-            "Decoder can't be resized. Set vocab_size in its configuration, or resize transformers' model and export."
         )
 
     def parallel_plan(self) -> ParallelPlan:

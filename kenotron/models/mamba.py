@@ -24,8 +24,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import ModelOutput
 
 from kenotron.models import kernels
+from kenotron.models.causal import OwnCausalLM
 from kenotron.models.experts import check_activation
-from kenotron.models.head import Head, shifted
 from kenotron.models.layers import RMSNorm
 from kenotron.models.mixer import CausalConv, GatedNorm, Mamba1Mixer, Mamba2Mixer, OutProjection, Place, TimeStep
 from kenotron.parallel.plan import ParallelPlan
@@ -102,6 +102,7 @@ class _Pretrained(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["MambaBlock"]
     _is_stateful = True
+    _input_embed_layer = "embeddings"
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -121,14 +122,6 @@ class MambaModel(_Pretrained):
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.scan = scan
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding."""
-        return self.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding."""
-        self.embeddings = cast(nn.Embedding, value)
 
     def forward(
         self,
@@ -178,7 +171,7 @@ def starts_of(position_ids: Tensor, shape: torch.Size) -> Tensor:
     return F.pad(position_ids.diff(dim=1) != 1, (1, 0), value=False).expand(shape[:2])
 
 
-class Mamba(_Pretrained, GenerationMixin):
+class Mamba(OwnCausalLM, _Pretrained, GenerationMixin):
     """A causal language model of the families Mamba and Mamba-2.
 
     Args:
@@ -196,22 +189,10 @@ class Mamba(_Pretrained, GenerationMixin):
     def __init__(self, config: Any, *, scan: str = "auto", z_loss: float = 0.0) -> None:
         kernels.check_scan(scan)
         check_config(config)
-        if z_loss < 0:
-            raise ValueError(f"z_loss={z_loss}: set a coefficient of 0 or more.")
         super().__init__(copy.deepcopy(config))
         self.backbone = MambaModel(self.config, scan)
-        self.lm_head = Head(config.hidden_size, config.vocab_size)
-        self.z_loss = z_loss
-        self.loss_type = "ForCausalLM"  # which transformers else reads from the class's name
+        self._make_head(config, z_loss)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding."""
-        return self.backbone.embeddings
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding."""
-        self.backbone.embeddings = cast(nn.Embedding, value)
 
     def forward(
         self,
@@ -242,21 +223,15 @@ class Mamba(_Pretrained, GenerationMixin):
             return_logits: ``None``: where there are no labels. With them they are what a loss costs most memory for.
         """
         has_labels = labels is not None or shift_labels is not None
-        if use_cache is None:
-            is_step = cache_params is not None
-            use_cache = is_step or (not (has_labels or self.training or position_ids is not None) and self.config.use_cache)
+        use_cache = self._keeps_states(use_cache, cache_params, has_labels, position_ids)
         if kwargs.pop("return_dict", True) is False:
             raise ValueError("return_dict=False: Mamba returns objects with names. Leave it out.")
         output = self.backbone(
             input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, cache_params=cache_params,
             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
         )  # fmt: skip
-        x_BSD, loss, logits = output.last_hidden_state.to(self.lm_head.weight.dtype), None, None
-        if has_labels:
-            loss = self.lm_head(x_BSD, shifted(labels, shift_labels), z_loss=self.z_loss, num_items=num_items_in_batch)
-        if return_logits or not has_labels:
-            keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(x_BSD[:, keep])
+        x_BSD = output.last_hidden_state.to(self.lm_head.weight.dtype)
+        loss, logits = self._end(x_BSD, labels, shift_labels, num_items_in_batch, return_logits, logits_to_keep)
         return MambaCausalLMOutput(
             loss=loss, logits=logits, cache_params=output.cache_params, hidden_states=output.hidden_states
         )
@@ -285,23 +260,6 @@ class Mamba(_Pretrained, GenerationMixin):
             "use_cache": bool(use_cache),
             "logits_to_keep": kwargs.get("logits_to_keep") or 0,
         }
-
-    # -------------------------------------------------------------------------------------------------------- refused
-
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """Refuse: transformers would name this class in ``config.json``, and not find it again."""
-        raise ValueError("Mamba has no save_pretrained. Write a Hugging Face directory of a checkpoint: kenotron.hf.export.")
-
-    @classmethod
-    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: transformers can't tell which weights are stored under which names."""
-        raise ValueError("Mamba has no from_pretrained. Use kenotron.from_hf(path).")
-
-    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> Any:
-        """Refuse: the head computes losses, which the one that transformers would make does not."""
-        raise ValueError(
-            "Mamba can't be resized. Set vocab_size in its configuration, or resize transformers' model and export."
-        )
 
     def parallel_plan(self) -> ParallelPlan:
         """Return what becomes of each module under tensor and pipeline parallelism."""

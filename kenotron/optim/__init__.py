@@ -7,6 +7,7 @@ from kenotron.optim.groups import Rule, muon_groups, parameter_groups
 from kenotron.optim.muon import Muon
 from kenotron.optim.parametrisation import Parametrised, parametrise, spectral_lr_scale, spectral_std
 from kenotron.optim.placement import Placement, ShardAware, check_optimizer
+from kenotron.optim.rounding import StochasticAdamW, stochastic_round
 from kenotron.optim.schedules import Schedule, ScheduleLR, scheduler_config
 
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Schedule",
     "ScheduleLR",
     "ShardAware",
+    "StochasticAdamW",
     "check_optimizer",
     "coordinate_check",
     "growth",
@@ -27,4 +29,5 @@ __all__ = [
     "scheduler_config",
     "spectral_lr_scale",
     "spectral_std",
+    "stochastic_round",
 ]

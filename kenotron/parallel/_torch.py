@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining.stage import _RecvInfo as RecvInfo
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
 
-__all__ = ["RecvInfo", "compute_local_shape_and_global_offset", "default_store", "flatten", "group_options"]
+__all__ = [
+    "FakeTensorMode",
+    "RecvInfo",
+    "SilentGroup",
+    "TorchDispatchMode",
+    "compute_local_shape_and_global_offset",
+    "default_store",
+    "flatten",
+    "group_options",
+    "is_in_backward",
+    "watch_compilation",
+]
 
 
 def default_store() -> dist.Store:
@@ -31,3 +47,68 @@ def group_options(device_type: str, timeout: timedelta) -> Any:
         options = dist.ProcessGroupGloo._Options()  # type: ignore[attr-defined]
     options._timeout = timeout
     return options
+
+
+class _Done(dist.Work):
+    def wait(self, timeout: Any = None) -> bool:
+        return True
+
+
+class SilentGroup(dist.ProcessGroup):
+    """The first of ``size`` ranks, of which the others do not exist: collectives return at once, with whatever was there.
+
+    Args:
+        tell: called with the name of each collective and the bytes of its whole (not sharded) side.
+    """
+
+    def __init__(self, size: int, tell: Callable[[str, int], None]) -> None:
+        super().__init__(0, size)  # type: ignore[call-arg]  # torch's stub knows of one constructor
+        self._tell = tell
+
+    def _count(self, kind: str, tensors: Sequence[Tensor]) -> dist.Work:
+        self._tell(kind, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+        return _Done()
+
+    def allreduce(self, tensors: Any, opts: Any = None) -> dist.Work:  # type: ignore[override]
+        return self._count("all_reduce", tensors)
+
+    def broadcast(self, tensors: Any, opts: Any = None) -> dist.Work:  # type: ignore[override]
+        return self._count("broadcast", tensors)
+
+    def all_gather_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
+        return self._count("all_gather", [output])
+
+    def reduce_scatter_single(self, output: Tensor, input: Tensor, opts: Any = None) -> dist.Work:
+        return self._count("reduce_scatter", [input])
+
+    def alltoall_base(self, output: Tensor, input: Tensor, *options: Any) -> dist.Work:
+        return self._count("all_to_all", [input])
+
+    # As they were called before torch 2.13.
+    _allgather_base = all_gather_single
+    _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
+
+
+def watch_compilation(begin: Callable[[], None], end: Callable[[], None]) -> Callable[[], None]:
+    """Call ``begin`` and ``end`` around every compilation of ``torch.compile``, backward graphs too; return what ends that."""
+    from torch._dynamo.callback import callback_handler  # brings in the whole compiler
+
+    def on_begin(*_: Any) -> None:
+        begin()
+
+    def on_end(*_: Any) -> None:
+        end()
+
+    callback_handler.register_start_callback(on_begin)
+    callback_handler.register_end_callback(on_end)
+
+    def stop() -> None:
+        callback_handler.remove_start_callback(on_begin)
+        callback_handler.remove_end_callback(on_end)
+
+    return stop
+
+
+def is_in_backward() -> bool:
+    """Return whether autograd runs a backward pass in this thread."""
+    return torch._C._current_graph_task_id() != -1

@@ -1,6 +1,6 @@
 """The order in which parallelism is applied to a module. It is written here, once.
 
-cut (PP) → experts (EP) → tensor (TP/SP) → context (CP) → recompute → compile → shard (DP) → materialise → load
+cut (PP) → experts (EP) → tensor (TP/SP) → context (CP) → float8 → recompute → compile → shard (DP) → materialise → load
 
 Of what is not sharded gradients are averaged, once it is made.
 """
@@ -26,6 +26,7 @@ from kenotron.parallel.cut import Cut
 from kenotron.parallel.data import FullySharded, GradientReducer, SharedBuffers, layers_to_shard
 from kenotron.parallel.expert import ExpertParallel
 from kenotron.parallel.expert_load import ExpertLoads
+from kenotron.parallel.float8 import Float8
 from kenotron.parallel.grads import GradientNorm, OwedSums
 from kenotron.parallel.plan import ParallelPlan, find_plan, pipeline_hints
 from kenotron.parallel.random import OwnStream
@@ -41,8 +42,9 @@ class Request:
         layout: resolved. plan: the user's, if any. blocks: the user's name of the block list, if any.
         schedule, virtual_stages, sequence_parallel: as in ``KenotronStrategy``.
         capacity_factor: as in ``ExpertParallel``. context: as ``ContextParallel.kind``.
-        recompute: what blocks keep for the backward pass. compile: whether they are compiled.
-        manual_optimization: updates happen inside the step.
+        float8: which products run in it, if any. recompute: what blocks keep for the backward pass. compile: whether they are
+            compiled.
+        gather_bf16: as in ``FullySharded``. manual_optimization: updates happen inside the step.
         device: of this rank. seed: for weights that are made here.
     """
 
@@ -56,8 +58,10 @@ class Request:
     sequence_parallel: bool = False
     capacity_factor: float | None = None
     context: ContextKind = "ring"
+    float8: Float8 | None = None
     recompute: Recompute = field(default_factory=Recompute)
     compile: bool = False
+    gather_bf16: bool = False
     manual_optimization: bool = False
 
 
@@ -94,6 +98,11 @@ class Parallelized:
             if name not in self.shards.absent:
                 found.setdefault(self.aliases.get(name, name), param)
         return found
+
+    def names(self) -> dict[int, str]:
+        """Return the canonical name of each parameter object, with the empty ones that stand for those of other stages."""
+        named = ((canonical(name), param) for name, param in self.root.named_parameters(remove_duplicate=False))
+        return {id(param): self.aliases.get(name, name) for name, param in named}
 
     def enclose(self, call: Callable[[], Any]) -> Any:
         """Run ``call()`` with the root's own parameters at hand."""
@@ -159,6 +168,7 @@ def parallelize(
         _expert_parallel(done, expert_mesh, list(experts), request)
         kv_groups = _tensor_parallel(done, mesh, plan, blocks, request)
         _context_parallel(done, mesh, request)
+    _float8(done, blocks, request)
     _recompute_and_compile(done, blocks, request)
     if mesh is not None:
         _data_parallel(done, mesh, expert_mesh, blocks, request)
@@ -180,7 +190,7 @@ def _blocks(root: nn.Module, plan: ParallelPlan | None, request: Request) -> str
     """Return the name of the block list where an axis needs it (and for ZeRO where it is known)."""
     named = request.blocks or (plan.blocks if plan else None)
     hints = pipeline_hints(root)
-    if request.layout.pp > 1 or request.sequence_parallel or request.recompute or request.compile:
+    if request.layout.pp > 1 or request.sequence_parallel or request.recompute or request.compile or request.float8:
         return stages.find_blocks(root, named, hints)
     return stages.find_blocks(root, named, hints) if named or hints else None
 
@@ -335,6 +345,20 @@ def _context_parallel(done: Parallelized, mesh: DeviceMesh, request: Request) ->
     context.apply(done.root)
 
 
+def _float8(done: Parallelized, blocks: str | None, request: Request) -> None:
+    """Linear layers of blocks: products in float8."""
+    if request.float8 is None:
+        return
+    assert blocks is not None
+    request.float8.check(request.device)
+    count = request.float8.apply(list(done.root.get_submodule(blocks).children()))
+    if not count and any(p.numel() for p in done.root.get_submodule(blocks).parameters()):
+        raise ValueError(
+            f"float8 found no linear layer in {blocks!r} whose sizes, on this rank, are multiples of 16. Leave float8 out, or "
+            "use fewer tp ranks."
+        )
+
+
 def _recompute_and_compile(done: Parallelized, blocks: str | None, request: Request) -> None:
     """Blocks: what they keep for the backward pass, and graphs of them."""
     if not request.recompute and not request.compile:
@@ -407,7 +431,9 @@ def _fully_shard(
         experts = list(done.experts.modules.values())
         over = expert_mesh["dp_replicate", "expert_shard"] if layout.dp_replicate > 1 else expert_mesh["expert_shard"]
     layers = [layer for layer in layers if layer not in tied]
-    done.sharded = FullySharded(root, layers, fsdp_mesh, layout.zero_stage, ignored, experts, over)
+    done.sharded = FullySharded(
+        root, layers, fsdp_mesh, layout.zero_stage, ignored, experts, over, gather_bf16=request.gather_bf16
+    )
 
 
 def _expert_parameters(done: Parallelized) -> dict[nn.Parameter, None]:

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torchmetrics import Metric
 
 from kenotron.parallel.stages import lists_of_like_layers
@@ -187,6 +187,7 @@ class FullySharded:
         zero_stage: 1, 2 or 3.
         ignored: parameters which stay as they are.
         experts: modules that are gathered one by one over a mesh of their own, ``expert_mesh``.
+        gather_bf16: parameters are gathered, and used, as bfloat16; gradients are reduced and kept in float32.
     """
 
     def __init__(
@@ -198,9 +199,13 @@ class FullySharded:
         ignored: set[nn.Parameter],
         experts: Sequence[nn.Module] = (),
         expert_mesh: DeviceMesh | None = None,
+        *,
+        gather_bf16: bool = False,
     ) -> None:
         self.zero_stage = zero_stage
         options: dict[str, Any] = {"mesh": mesh, "ignored_params": ignored}
+        if gather_bf16:  # what goes in is autocast's to cast
+            options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
         for module in experts:
             assert expert_mesh is not None
             self._shard_experts(module, expert_mesh, mesh.size(), options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -163,6 +163,73 @@ class GradientNorm:
         if distributed:
             dist.all_reduce(total)
         return total.pow(1.0 / norm_type)
+
+    def _parts_of(self, params: Mapping[str, nn.Parameter]) -> Iterator[tuple[str, int, Tensor]]:
+        for name, param in params.items():
+            if param.grad is not None and param.numel():
+                for copies, part in self._parts(name, param, local(param.grad)):
+                    if part.numel():
+                        yield name, copies, part
+
+    @torch.no_grad()
+    def of_sets(self, params: Mapping[str, nn.Parameter], sets: Mapping[str, Collection[str]], device: torch.device) -> Tensor:
+        """Return the norms of the gradients of sets of parameters, float64 ``[sets]``, in one collective. All ranks call it.
+
+        Args:
+            params: this rank's. sets: the names in each, the same on all ranks; parameters of other stages among them.
+        """
+        squares = torch.zeros(len(sets), dtype=torch.float64, device=device)
+        found = list(self._parts_of(params))
+        if found:
+            norms = torch.stack([torch.linalg.vector_norm(part, dtype=_wide(part)).double() for _, _, part in found])
+            own = norms.square() / torch.tensor([copies for _, copies, _ in found], device=device)
+            rows = _rows_of(sets)
+            pairs = [(row, i) for i, (name, _, _) in enumerate(found) for row in rows.get(name, ())]
+            row, index = torch.tensor(pairs, device=device).reshape(-1, 2).unbind(1)
+            squares.index_add_(0, row, own[index])
+        if self._layout.world_size > 1:
+            dist.all_reduce(squares)
+        return squares.sqrt()
+
+    @torch.no_grad()
+    def histograms(
+        self, params: Mapping[str, nn.Parameter], sets: Mapping[str, Collection[str]], edges: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Return how many elements of each set's gradients lie between edges, and what they span. All ranks call it.
+
+        Args:
+            edges: ascending ``[edges]``, on the device.
+
+        Returns:
+            Counts, float64 ``[sets, edges + 1]``, and ``[sets, 2]``: the least and the greatest.
+        """
+        counts = torch.zeros(len(sets), edges.numel() + 1, dtype=torch.float64, device=edges.device)
+        span = counts.new_full((len(sets), 2), -math.inf)  # of -least and greatest
+        rows = _rows_of(sets)
+        for name, copies, part in self._parts_of(params):
+            values = part.flatten().to(edges.dtype)
+            own = torch.zeros_like(counts[0]).scatter_add_(0, torch.bucketize(values, edges), torch.ones_like(values).double())
+            extremes = torch.stack([-values.min(), values.max()]).double()
+            for row in rows.get(name, ()):
+                counts[row] += own / copies
+                span[row] = torch.maximum(span[row], extremes)
+        if self._layout.world_size > 1:
+            dist.all_reduce(counts)
+            dist.all_reduce(span, op=dist.ReduceOp.MAX)
+        return counts, span * span.new_tensor([-1, 1])
+
+
+def _rows_of(sets: Mapping[str, Collection[str]]) -> dict[str, list[int]]:
+    """Return the places of the sets in which each name is."""
+    rows: dict[str, list[int]] = defaultdict(list)
+    for row, names in enumerate(sets.values()):
+        for name in names:
+            rows[name].append(row)
+    return rows
+
+
+def _wide(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
 
 
 @torch.no_grad()

@@ -12,9 +12,11 @@ A training step is:
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +38,11 @@ SCHEDULES: dict[str, tuple[Any, bool, bool]] = {
     "zbv": (torch_schedules.ScheduleZBVZeroBubble, True, True),
 }
 SPLITS_BACKWARD = ("interleaved_zero_bubble", "zbv")
+
+#: Called with stage, what it is about to do and microbatch; what it returns is entered meanwhile. "forward"; "backward" as a
+#: whole, or where a schedule splits it "backward-input" and "backward-weight".
+Observer = Callable[[int, str, int], AbstractContextManager[Any]]
+_UNOBSERVED: AbstractContextManager[Any] = contextlib.nullcontext()
 
 #: Each cached schedule holds receive buffers for all its microbatches.
 _MAX_SCHEDULES = 4
@@ -129,6 +136,7 @@ class Pipeline:
         self.enclose = enclose
         self.before_backward = before_backward
         self.on_enter = on_enter
+        self.observer: Observer | None = None
         self.is_last = cut.num_stages - 1 in cut.local_stages
         self.last_rank = dist.get_global_rank(group, rank_of_stage(schedule, self.pp, cut.num_stages - 1))
         self._metas: dict[Hashable, dict[int, StageMeta]] = {}
@@ -191,6 +199,9 @@ class Pipeline:
         kind, several, _ = SCHEDULES[self.schedule]
         # scale_grads would divide gradients that earlier batches accumulated, too.
         return kind(stages if several else stages[0], len(keys), loss_fn=_loss_as_is, scale_grads=False)
+
+    def _observed(self, stage: int, action: str, index: int) -> AbstractContextManager[Any]:
+        return _UNOBSERVED if self.observer is None else self.observer(stage, action, index)
 
     def _announce_backward(self, counts: bool = True) -> None:
         self._backwards_left -= counts
@@ -334,15 +345,22 @@ class _Stage(PipelineStage):
         buffer = torch.empty(shape, dtype=dtype, device=self.device)
         return RecvInfo(info.input_name, info.source, buffer, info.tensor_meta)
 
+    def forward_one_chunk(self, fwd_chunk_id: int, *args: Any, **kwargs: Any) -> Any:
+        with self._pipeline._observed(self.stage_index, "forward", fwd_chunk_id):
+            return super().forward_one_chunk(fwd_chunk_id, *args, **kwargs)
+
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
         self._pipeline._announce_backward(counts=full_backward)
-        super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
+        action = "backward" if full_backward else "backward-input"
+        with self._pipeline._observed(self.stage_index, action, bwd_chunk_id):
+            super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
         self._pipeline._announce_backward()
-        super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
+        with self._pipeline._observed(self.stage_index, "backward-weight", bwd_chunk_id):
+            super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 
 
 def _meta_tensors(meta: BoundaryMeta) -> tuple[Tensor, ...]:

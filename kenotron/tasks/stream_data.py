@@ -88,6 +88,8 @@ class StreamDataBase(_DataModule):
         self._encoder = RowEncoder(
             column or ("input_ids" if tokenizer is None else "text"), folder, prepend_bos=prepend_bos, append_eos=append_eos
         )
+        if sampling.corpus_ids:
+            raise ValueError("corpus_ids=True: a stream is one corpus. Leave it out, or blend corpora with TokenData.")
         self._rows, self._repeat, self._skip = stream, repeat, on_error == "skip"
         self.sequence_length, self.sampling = sequence_length, sampling
         self._global_batch_size, self._steps_per_epoch, self._vocab_size = global_batch_size, steps_per_epoch, vocab_size

@@ -425,8 +425,8 @@ def test_leftovers_of_the_dead_are_removed_and_what_lives_stays(make: Any, tmp_p
 
 INTERRUPTED_AT_THE_FENCE = """
 import os, signal, threading
-threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     checkpointer.fence()
 except KeyboardInterrupt:
     os._exit(3)

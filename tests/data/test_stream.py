@@ -184,3 +184,13 @@ def test_a_thousand_million_samples_later_takes_no_longer() -> None:
 
     cost(0)
     assert min(cost(10**9) for _ in range(3)) < 5 * min(cost(0) for _ in range(3)) + 0.01
+
+
+def test_samples_tell_their_corpus_where_it_is_asked_for() -> None:
+    later = Stage(start_step=5, corpora={"c": 1.0, "b": 1.0})
+    found = stream(later, weights={"a": 1.0, "b": 0.0, "c": 1.0}, sampling=Sampling(corpus_ids=True))
+    for first in (0, 20):
+        batch = found.batch(first, 12)
+        assert batch["corpus"].dtype == np.int64 and len(set(batch["corpus"].tolist())) == 2
+        assert (batch["corpus"] == batch["input_ids"].max(1) // 1000).all()
+    assert "corpus" not in stream().batch(0, 4)

@@ -10,7 +10,7 @@ from torch.distributed import TCPStore
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
-from kenotron.parallel import _torch
+from kenotron.parallel import _torch, collectives
 
 
 def test_receive_buffers_are_described_as_they_were() -> None:
@@ -43,3 +43,38 @@ def test_fused_optimizers_say_that_they_skip_steps_by_a_tensor() -> None:
     weight.grad, optimizer.found_inf = torch.ones(2), torch.ones(())  # type: ignore[attr-defined]
     optimizer.step()
     assert weight.tolist() == [1.0, 1.0]
+
+
+def test_tensors_without_data_run_and_are_weighed() -> None:
+    with _torch.FakeTensorMode(allow_non_fake_inputs=True):
+        product = torch.empty(1000, 1000) @ torch.empty(1000, 1000)
+    assert product.untyped_storage().nbytes() == 4_000_000
+
+
+def test_collectives_of_a_silent_group_are_told_and_do_nothing() -> None:
+    told: list[tuple[str, int]] = []
+    group = _torch.SilentGroup(4, lambda kind, size: told.append((kind, size)))
+    x = torch.ones(8)
+    collectives.reduce_from(x, group)
+    collectives.gather_from(x, 0, group, grad="slice")
+    collectives.reduce_scatter_to(x, 0, group)
+    collectives.all_to_all(x, group)
+    assert told == [("all_reduce", 32), ("all_gather", 128), ("reduce_scatter", 32), ("all_to_all", 32)]
+
+
+def test_compilations_are_told_until_it_is_enough() -> None:
+    told: list[str] = []
+    stop = _torch.watch_compilation(lambda: told.append("begin"), lambda: told.append("end"))
+    torch.compile(lambda x: x + 1, backend="eager")(torch.ones(2))
+    assert told == ["begin", "end"]
+    stop()
+    torch.compile(lambda x: x * 3, backend="eager")(torch.ones(2))
+    assert told == ["begin", "end"]
+
+
+def test_a_backward_pass_is_known_from_within() -> None:
+    x = torch.ones(2, requires_grad=True)
+    seen: list[bool] = []
+    x.register_hook(lambda grad: seen.append(_torch.is_in_backward()))
+    x.sum().backward()
+    assert seen == [True] and not _torch.is_in_backward()

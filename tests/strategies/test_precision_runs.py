@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from strategy_helpers import SLOW, Classifier, Task, close, fit
+from strategy_helpers import SLOW, TP2_PP2, Classifier, Task, close, fit
 from torch import Tensor, nn
 
 from kenotron.strategies.precision import SharedGradScaler
@@ -19,8 +19,8 @@ from kenotron.testing import RankPool
 class Typed(Classifier):
     """Notes the types of weights, hidden states and gradients."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, lr: float = 0.02) -> None:
+        super().__init__(lr=lr)
         self.seen: dict[str, str] = {}
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -59,6 +59,53 @@ def test_precisions_train_as_in_one_process(
         for key in {"weights", "gradients", "batch"}:
             assert found["seen"][key] == expected["seen"][key]
     assert expected["losses"][-1] < expected["losses"][0]
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["dp2-zero3", "tp2", pytest.param("dp2", marks=SLOW), pytest.param("pp2", marks=SLOW), pytest.param("tp2-pp2", marks=SLOW)],
+)
+def test_a_hundred_steps_in_bf16_stay_with_one_process(pool: RankPool, name: str, tmp_path: Path) -> None:
+    # At 20 times the rate this small model leaves fp32 by 0.3 within one process, and every layout leaves another by as much.
+    task: dict[str, Any] = {
+        "trainer": {"precision": "bf16-mixed"}, "settings": {"lr": 1e-3}, "rows": 1600, "batch": 32, "val_rows": 0,
+        "with_weights": False,
+    }  # fmt: skip
+    ranks, strategy = (LAYOUTS | {"tp2-pp2": TP2_PP2})[name]
+    expected = pool.run(fit, 1, Task(Classifier, None, **task))[0]["losses"]
+    assert len(expected) == 100 and expected[-1] < expected[0] / 2
+    for found in pool.run(fit, ranks, Task(Classifier, strategy, **task)):
+        close(found["losses"], expected, 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "strategy"),
+    [
+        (2, {"zero_stage": 3}),
+        pytest.param(2, {"zero_stage": 1}, marks=SLOW),
+        pytest.param(4, {"tp": 2, "zero_stage": 2}, marks=SLOW),
+    ],
+)
+def test_weights_gathered_as_bf16_train_like_those_that_autocast_casts(
+    pool: RankPool, ranks: int, strategy: dict[str, Any]
+) -> None:
+    task: dict[str, Any] = {
+        "trainer": {"precision": "bf16-mixed", "accumulate_grad_batches": 2}, "settings": {"lr": 1e-3}, "rows": 320,
+        "batch": 32, "val_rows": 0, "with_weights": False,
+    }  # fmt: skip
+    expected = pool.run(fit, 1, Task(Typed, None, **task))[0]
+    for found in pool.run(fit, ranks, Task(Typed, {**strategy, "gather_bf16": True}, **task)):
+        close(found["losses"], expected["losses"], 1e-2)
+        assert found["seen"]["weights"] == found["seen"]["gradients"] == "torch.float32"
+
+
+def test_what_can_not_be_gathered_as_bf16_is_refused() -> None:
+    for strategy, precision, message in (
+        ({}, "32-true", "goes with precision='bf16-mixed'"),
+        ({"zero_stage": 0}, "bf16-mixed", "zero_stage=0: nothing is gathered"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            fit(Task(Classifier, {**strategy, "gather_bf16": True}, trainer={"precision": precision}))
 
 
 def scale_and_step(overflowing_rank: int) -> dict[str, Any]:

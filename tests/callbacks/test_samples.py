@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import kenotron
-from kenotron.callbacks import SampleText
+from kenotron.callbacks import Samples
 from kenotron.hf import generate
 from kenotron.testing import RankPool
 
@@ -45,7 +45,7 @@ def fit(path: str, strategy: dict[str, Any], out: str, sample: bool = True, **se
     warnings.filterwarnings("ignore")
     found: list[tuple[int, list[str]]] = []
 
-    class Keep(SampleText):
+    class Keep(Samples):
         def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
             texts = super()._sample(trainer, pl_module)
             found.append((trainer.global_step, texts))
@@ -93,8 +93,8 @@ def test_bad_input_is_told(tmp_path):
     make_directory(tmp_path / "hf", "llama")
     for settings, text in [((["a"], None, 0), "every_n_train_steps=0"), (([], None, 1), "one prompt or more")]:
         with pytest.raises(ValueError, match=text):
-            SampleText(*settings)
-    callback = SampleText(PROMPTS, tmp_path / "hf", 1)
+            Samples(*settings)
+    callback = Samples(PROMPTS, tmp_path / "hf", 1)
     trainer = L.Trainer(accelerator="cpu", devices=1, max_steps=1, logger=False, callbacks=[callback])
     with pytest.raises(ValueError, match=r"SingleDeviceStrategy.*strategy='kenotron'"):
         trainer.fit(Module(str(tmp_path / "hf")), torch.utils.data.DataLoader(torch.zeros(4, 8, dtype=torch.long)))

@@ -16,7 +16,7 @@ from kenotron.parallel.plan import transformers_models
 from kenotron.strategies.training import Training
 
 
-class SampleText(L.Callback):
+class Samples(L.Callback):
     """Print how the model continues some prompts, every so many optimizer steps. Training goes on as it would without.
 
     All ranks generate the same; pipelines and cut sequences can't. A TensorBoard logger gets the samples, too.
@@ -60,13 +60,13 @@ class SampleText(L.Callback):
         """Refuse what can't generate."""
         if not isinstance(trainer.strategy, Training):
             raise ValueError(
-                f"SampleText samples under KenotronStrategy, and the strategy is {type(trainer.strategy).__name__}. Set "
+                f"Samples samples under KenotronStrategy, and the strategy is {type(trainer.strategy).__name__}. Set "
                 "strategy='kenotron'."
             )
         layout = trainer.strategy.layout
         if layout.pp > 1 or layout.cp > 1:
             raise ValueError(
-                f"SampleText needs whole models and whole sequences, and the layout has pp={layout.pp}, cp={layout.cp}. Leave "
+                f"Samples needs whole models and whole sequences, and the layout has pp={layout.pp}, cp={layout.cp}. Leave "
                 "it out, and use checkpoints: kenotron generate CHECKPOINT --prompt ..."
             )
 
@@ -89,9 +89,7 @@ class SampleText(L.Callback):
     def _sample(self, trainer: L.Trainer, pl_module: L.LightningModule) -> list[str]:
         models = transformers_models(pl_module)
         if not models:
-            raise ValueError(
-                f"SampleText: {type(pl_module).__name__} holds no transformers model (or Decoder) to generate with."
-            )
+            raise ValueError(f"Samples: {type(pl_module).__name__} holds no transformers model (or Decoder) to generate with.")
         assert isinstance(trainer.strategy, Training)
         device = trainer.strategy.root_device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -1,0 +1,161 @@
+"""Checkpoints in a folder of any file system that fsspec knows: sent file by file, published by their manifest.
+
+1. What stands under the same name from another save loses its manifest: from now on nobody loads it.
+2. All files are sent, and each must arrive with its size.
+3. The manifest is sent. An object of an object store is there whole or not at all.
+4. ``uploads.json``, the list of what was sent, oldest first, is replaced. Only what it names is ever removed.
+
+One process sends to a folder. Nothing here waits for another rank.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from kenotron.checkpoint.durable import fsync
+from kenotron.checkpoint.errors import NotACheckpointError
+from kenotron.checkpoint.format import MANIFEST, unpublished
+from kenotron.checkpoint.manifest import is_checkpoint, parse_manifest, read_manifest
+from kenotron.checkpoint.meeting import FolderLock
+from kenotron.checkpoint.save import check_replaceable, publish_alone
+
+_INDEX = "uploads.json"
+
+
+class RemoteFolder:
+    """A folder of checkpoints somewhere. Nothing is asked of it before it is used.
+
+    Args:
+        url: such as ``s3://bucket/run``, or any other that fsspec knows.
+
+    Raises:
+        ValueError: no URL, or a protocol that fsspec does not know.
+        ImportError: what this protocol takes is not installed.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url = url.rstrip("/")
+        protocol, separator, _ = self.url.partition("://")
+        if not separator:
+            raise ValueError(f"{url!r} is no URL. Name the protocol: 's3://bucket/run', 'file:///mnt/backup/run'.")
+        try:
+            self._core: Any = importlib.import_module("fsspec.core")
+        except ImportError as error:
+            raise ImportError(f"Checkpoints at {protocol}:// take fsspec: pip install 'kenotron[data]' ({error})") from error
+        registry = importlib.import_module("fsspec")
+        try:
+            registry.get_filesystem_class(protocol)
+        except ValueError:
+            known = ", ".join(sorted(registry.available_protocols()))
+            raise ValueError(f"{url}: fsspec knows no {protocol}://. It knows {known}.") from None
+        except ImportError as error:
+            raise ImportError(f"{url}: fsspec lacks what {protocol}:// takes. {error}") from error
+        self._sent: set[tuple[str, str]] = set()  # (save id, file), so that a retry sends the rest alone
+
+    def _place(self, *names: str) -> tuple[Any, str]:
+        filesystem, root = self._core.url_to_fs(self.url)
+        filesystem.invalidate_cache()
+        return filesystem, "/".join([root.rstrip("/"), *names])
+
+    def names(self) -> list[str]:
+        """Return the published checkpoints that were sent here, the last one at the end."""
+        return [name for name in self._index() if self.save_id(name) is not None]
+
+    def save_id(self, name: str) -> str | None:
+        """Return which save is published under a name; ``None``: none is."""
+        start = self._read(name, MANIFEST, end=200)
+        if start is None:
+            return None
+        return start.decode("ascii", "replace").partition('"save_id":"')[2].partition('"')[0] or None
+
+    def send(self, path: Path) -> int:
+        """Send a published checkpoint under its name, unless it is here; return the number of bytes.
+
+        Raises:
+            CheckpointError, OSError: it is not there, or not any more. What the file system raises goes through.
+        """
+        manifest = read_manifest(path)
+        if self.save_id(path.name) == manifest.save_id:
+            return 0
+        filesystem, folder = self._place(path.name)
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.rm_file(f"{folder}/{MANIFEST}")
+        filesystem.makedirs(folder, exist_ok=True)
+        num_bytes = 0
+        for file in sorted(file for file in path.iterdir() if file.is_file() and file.name != MANIFEST):
+            num_bytes += self._send_file(file, filesystem, f"{folder}/{file.name}", manifest.save_id)
+        content = (path / MANIFEST).read_bytes()
+        if parse_manifest(content, path).save_id != manifest.save_id:
+            raise OSError(f"{path} was replaced while it was sent")
+        filesystem.pipe_file(f"{folder}/{MANIFEST}", content)
+        self._write_index([*(name for name in self._index() if name != path.name), path.name])
+        self._sent = {sent for sent in self._sent if sent[0] != manifest.save_id}
+        return num_bytes
+
+    def _send_file(self, file: Path, filesystem: Any, target: str, save_id: str) -> int:
+        size = file.stat().st_size
+        if (save_id, file.name) not in self._sent:
+            filesystem.put_file(str(file), target)
+            arrived = filesystem.size(target)
+            if arrived != size:
+                raise OSError(f"{self.url}: {file.name} has {arrived} bytes there and {size} here")
+            self._sent.add((save_id, file.name))
+        return size
+
+    def remove(self, name: str) -> None:
+        """Remove a checkpoint: first its manifest, so that no half of it is ever loaded."""
+        filesystem, folder = self._place(name)
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.rm_file(f"{folder}/{MANIFEST}")
+        with contextlib.suppress(FileNotFoundError):
+            filesystem.rm(folder, recursive=True)
+        self._write_index([each for each in self._index() if each != name])
+
+    def fetch(self, out: str | os.PathLike[str], name: str | None = None) -> Path:
+        """Bring a checkpoint to this machine, published as any other; return where.
+
+        Args:
+            out: the checkpoint to make; where it is there already, nothing is done. name: in the folder; the last by default.
+
+        Raises:
+            NotACheckpointError: there is none.
+            ValueError: something else stands at ``out``.
+        """
+        path = Path(os.path.abspath(out))
+        names = self.names() if name is None else [name]
+        save_id = self.save_id(names[-1]) if names else None
+        if save_id is None:
+            raise NotACheckpointError(f"{self.url} holds no published checkpoint{'' if name is None else f' {name}'}")
+        if is_checkpoint(path) and read_manifest(path).save_id == save_id:
+            return path
+        check_replaceable(path)
+        filesystem, folder = self._place(names[-1])
+        manifest = parse_manifest(filesystem.cat_file(f"{folder}/{MANIFEST}"), path)
+        lock = FolderLock(unpublished(path, manifest.save_id))
+        for file in manifest.files:
+            filesystem.get_file(f"{folder}/{file}", str(lock.folder / file))
+            fsync(lock.folder / file)
+        publish_alone(manifest, lock)
+        return path
+
+    def _index(self) -> list[str]:
+        names: list[str] = json.loads(self._read(_INDEX) or b"[]")
+        return names
+
+    def _read(self, *names: str, end: int | None = None) -> bytes | None:
+        """Return the first bytes of a file, or all; ``None``: there is none. ``exists`` would take any error for that."""
+        filesystem, path = self._place(*names)
+        try:
+            content: bytes = filesystem.cat_file(path, start=0, end=end)
+        except FileNotFoundError:
+            return None
+        return content
+
+    def _write_index(self, names: list[str]) -> None:
+        filesystem, index = self._place(_INDEX)
+        filesystem.pipe_file(index, json.dumps(names).encode())
