@@ -34,7 +34,6 @@ from typing import Any, Literal
 import torch
 
 from kenotron.callbacks_native import Engine, Snapshot
-from kenotron.checkpoint.durable import copy_durably, fsync_directory
 from kenotron.checkpoint.errors import CheckpointError, SaveFailedError
 from kenotron.checkpoint.format import LocalTensor, ShardLayout, unpublished
 from kenotron.checkpoint.guard import OptimizerGuard
@@ -42,6 +41,7 @@ from kenotron.checkpoint.manifest import is_checkpoint
 from kenotron.checkpoint.nodes import Nodes
 from kenotron.checkpoint.save import Checksums, SaveAttempt, check_replaceable, remove_tree
 from kenotron.checkpoint.sources import Sources
+from kenotron.durable import copy_durably, fsync_directory
 
 #: How long an interpreter that ends without ``close`` waits for what is in flight.
 _EXIT_TIMEOUT_S = 600.0

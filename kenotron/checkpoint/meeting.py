@@ -27,10 +27,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kenotron.checkpoint.durable import make_directories, write_durably
 from kenotron.checkpoint.errors import CoverageError, RanksMissingError, SaveFailedError
 from kenotron.checkpoint.format import MANIFEST, unpublished, unpublished_name
 from kenotron.checkpoint.manifest import head
+from kenotron.durable import make_directories, write_durably
 
 CONTROL = "control"
 _LOCK = "lock"

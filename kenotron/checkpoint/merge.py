@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from kenotron.checkpoint.boxes import Box
-from kenotron.checkpoint.durable import copy_durably
 from kenotron.checkpoint.errors import MismatchError
 from kenotron.checkpoint.format import unpublished
 from kenotron.checkpoint.manifest import Manifest, StoredPiece, read_manifest
 from kenotron.checkpoint.meeting import FolderLock
 from kenotron.checkpoint.save import check_coverage, check_replaceable, publish_alone, remove_tree
+from kenotron.durable import copy_durably
 
 
 def merge(parts: Sequence[str | os.PathLike[str]], path: str | os.PathLike[str]) -> Manifest:

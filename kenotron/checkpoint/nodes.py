@@ -31,11 +31,11 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from kenotron.checkpoint.boxes import Box, find_flaw
-from kenotron.checkpoint.durable import fsync_directory, make_directories, put_in_place
 from kenotron.checkpoint.errors import CheckpointError, CoverageError, NotACheckpointError, SaveFailedError
 from kenotron.checkpoint.format import MANIFEST, unpublished_name
 from kenotron.checkpoint.manifest import NodePart, StoredTensor, is_checkpoint, parse_manifest, read_manifest
 from kenotron.checkpoint.meeting import CONTROL, PUBLISH, Meeting, failing, is_dead, raise_failure
+from kenotron.durable import fsync_directory, make_directories, put_in_place
 
 _STORE_PREFIX = "kenotron/checkpoints"
 

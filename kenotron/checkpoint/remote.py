@@ -17,12 +17,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from kenotron.checkpoint.durable import fsync
 from kenotron.checkpoint.errors import NotACheckpointError
 from kenotron.checkpoint.format import MANIFEST, unpublished
 from kenotron.checkpoint.manifest import is_checkpoint, parse_manifest, read_manifest
 from kenotron.checkpoint.meeting import FolderLock
 from kenotron.checkpoint.save import check_replaceable, publish_alone
+from kenotron.durable import fsync
 
 _INDEX = "uploads.json"
 

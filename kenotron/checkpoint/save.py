@@ -26,7 +26,6 @@ from typing import Any
 import torch
 
 from kenotron.checkpoint.boxes import Box, find_flaw
-from kenotron.checkpoint.durable import fsync_directory, put_in_place, write_durably
 from kenotron.checkpoint.errors import CoverageError, SaveFailedError
 from kenotron.checkpoint.format import (
     DTYPE_NAMES,
@@ -48,6 +47,7 @@ from kenotron.checkpoint.meeting import FolderLock, Meeting
 from kenotron.checkpoint.nodes import Council, Nodes
 from kenotron.checkpoint.values import Attachments, encode
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
+from kenotron.durable import fsync_directory, put_in_place, write_durably
 
 #: Of each entry of a shard the CRC-32C of each of its chunks.
 Checksums = Sequence[Sequence[int]]

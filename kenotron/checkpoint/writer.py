@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from kenotron.callbacks_native import crc32c
-from kenotron.checkpoint.durable import reserve
 from kenotron.checkpoint.format import CHUNK_BYTES
+from kenotron.durable import reserve
 
 
 class ShardWriter(Protocol):

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
+from kenotron.durable import fsync_directory
+
 #: How the name of a file ends that is still being written; it begins with a dot.
 UNFINISHED = ".unfinished"
 
@@ -78,13 +80,3 @@ def publish_text(path: Path, text: str) -> None:
         os.fsync(file.fileno())
     os.rename(temporary, path)
     fsync_directory(path.parent)
-
-
-def fsync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    # As in kenotron.checkpoint.durable, whose package brings torch along: seconds, in each process that tokenises.
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kenotron.checkpoint import LocalTensor, Manifest, load_into, load_state, read_manifest
-from kenotron.checkpoint.durable import fsync, fsync_directory
+from kenotron.durable import fsync, fsync_directory
 from kenotron.hf.record import MODEL_PREFIX
 from kenotron.hf.writer import HFWriter
 

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from kenotron.checkpoint import LocalTensor, SyncShardWriter, read_manifest, save
-from kenotron.checkpoint.durable import fsync, fsync_directory, make_directories
 from kenotron.checkpoint.format import Piece, bytes_of
 from kenotron.checkpoint.save import remove_tree
+from kenotron.durable import fsync, fsync_directory, make_directories
 from kenotron.hf.directory import HFDirectory
 from kenotron.hf.export import find_record, read_whole
 from kenotron.hf.load import DirectoryWeights, check_tensors, follow_ties

@@ -26,9 +26,9 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from kenotron.checkpoint.boxes import Box, find_flaw
-from kenotron.checkpoint.durable import fsync, fsync_directory, make_directories, reserve, write_durably
 from kenotron.checkpoint.format import ShardEntry, ShardLayout, bytes_of, check_is_plain, dtype_name, lay_out
 from kenotron.checkpoint.save import remove_tree
+from kenotron.durable import fsync, fsync_directory, make_directories, reserve, write_durably
 from kenotron.hf.directory import INDEX
 from kenotron.hf.errors import ModelIncompleteError, raise_all
 from kenotron.hf.ranges import Ranges, box_in, runs_of

@@ -116,7 +116,7 @@ def test_saving_to_the_same_path_replaces_the_checkpoint(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
 ) -> None:
     if not can_exchange:
-        monkeypatch.setattr("kenotron.checkpoint.durable._exchange", lambda a, b: False)
+        monkeypatch.setattr("kenotron.durable._exchange", lambda a, b: False)
     for value in (1.0, 2.0, 3.0):
         save_value(tmp_path / "a", f"s{value:g}", value)
         assert_holds(tmp_path / "a", value)
@@ -167,8 +167,8 @@ def test_the_former_checkpoint_survives_when_the_rename_fails(
             raise OSError(errno.EIO, "the device is gone")
         rename(a, b)
 
-    monkeypatch.setattr("kenotron.checkpoint.durable._exchange", refuse)
-    monkeypatch.setattr("kenotron.checkpoint.durable.os.rename", rename_unless_new)
+    monkeypatch.setattr("kenotron.durable._exchange", refuse)
+    monkeypatch.setattr("kenotron.durable.os.rename", rename_unless_new)
     raised = save_on_ranks(tmp_path / "a", [[], []])
     assert [type(error) for error in raised] == [SaveFailedError] * 2
     assert str(raised[0]) == str(raised[1])

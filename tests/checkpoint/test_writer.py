@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from kenotron import durable
 from kenotron.callbacks_native import crc32c
-from kenotron.checkpoint import SyncShardWriter, durable
+from kenotron.checkpoint import SyncShardWriter
 from kenotron.checkpoint.format import CHUNK_BYTES
 
 

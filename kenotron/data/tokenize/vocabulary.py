@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from kenotron.data.publish import fsync_directory
+from kenotron.durable import fsync_directory
 
 #: The end of a document, and token 0, of a tokenizer that is trained here.
 END_OF_TEXT = "<|endoftext|>"
