@@ -97,6 +97,7 @@ CASES = [
     Case("tp 2, made in configure_model", 2, {"tp": 2}, model("llama-tied", late=True)),
     Case("dp 2, zero 3, made in configure_model", 2, {"zero_stage": 3}, model("qwen3", late=True)),
     Case("dp 2 × tp 2, zero 1", 4, {"tp": 2}),
+    Case("dp 2, zero 2, optimizer on the host", 2, {"zero_stage": 2, "offload_optimizer": True}),
     Case("dp 2 × tp 2, zero 3, SP, clip", 4, {"tp": 2, "zero_stage": 3, "sequence_parallel": True}, trainer=CLIP),
     Case("dp 2 × pp 2, zero 0", 4, {"pp": 2, "zero_stage": 0}),
     Case("dp 2 × pp 2, zero 1, accumulate 2", 4, {"pp": 2}, trainer=ACCUMULATE),

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from kenotron.checkpoint import LocalTensor, Manifest, Piece, StoredTensor, load_into
 from kenotron.hf.record import describe_models
 from kenotron.layout import ParallelLayout
+from kenotron.optim.offload import HostState
 from kenotron.parallel.apply import Parallelized
 from kenotron.parallel.grads import local
 from kenotron.parallel.pieces import local_pieces
@@ -41,6 +42,7 @@ class CheckpointState:
     Args:
         done: the sharded module. optimizers: none in evaluation. layout: resolved. rank: of this process.
         sharing: the ranks whose checkpoints are on the same file system; None for all.
+        offloaded: what keeps optimizers' state in host memory.
     """
 
     def __init__(
@@ -50,8 +52,10 @@ class CheckpointState:
         layout: ParallelLayout,
         rank: int,
         sharing: Sequence[int] | None = None,
+        offloaded: Sequence[HostState] = (),
     ) -> None:
         self._done = done
+        self._offloaded = offloaded
         self._optimizers = optimizers
         self._layout = layout
         self._where = layout.coordinates(rank)
@@ -157,6 +161,8 @@ class CheckpointState:
 
     def optimizer_tensors(self) -> Iterator[LocalTensor]:
         """Yield what this rank has of the optimizers' tensors."""
+        for offloaded in self._offloaded:
+            offloaded.wait()
         for index, optimizer in enumerate(self._optimizers):
             for name, param in self._own_parameters(optimizer):
                 for key, value in optimizer.state.get(param, {}).items():
@@ -198,6 +204,8 @@ class CheckpointState:
             for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
                 group.update(saved_group)
             self._load_state_of(index, optimizer, manifest, keys)
+        for offloaded in self._offloaded:
+            offloaded.put_away()
 
     def _load_state_of(self, index: int, optimizer: Optimizer, manifest: Manifest, keys: Mapping[str, Sequence[str]]) -> None:
         group_of = {id(param): group for group in optimizer.param_groups for param in group["params"]}

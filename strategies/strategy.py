@@ -12,6 +12,7 @@ import contextlib
 import functools
 import inspect
 import itertools
+import math
 import os
 import uuid
 import warnings
@@ -27,6 +28,7 @@ from torchmetrics import Metric
 
 from kenotron.checkpoint import Checkpointer, Nodes, check_sharing, recover, remove_leftovers
 from kenotron.layout import ParallelLayout, ZeroStage
+from kenotron.optim.offload import HostState
 from kenotron.optim.placement import Placement, ShardAware, check_optimizer
 from kenotron.parallel import pipeline as pipelines
 from kenotron.parallel._torch import default_store, flatten
@@ -90,6 +92,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         plan: what becomes of each module, as a ``ParallelPlan`` or a mapping of name patterns to styles.
         auto: what the planner is told. It chooses whatever of ``tp``, ``pp``, ``cp``, ``ep``, ``dp_replicate``, ``zero_stage``,
             ``sequence_parallel`` and ``recompute`` is ``"auto"``.
+        offload_optimizer: optimizer state lies in host memory and comes to the device a part at a time, during the update.
         guard: which steps are skipped because their loss or gradients are not finite, or jump; ``None``: none.
         process_group, checkpoint: further settings.
         accelerator, parallel_devices, cluster_environment, checkpoint_io, precision_plugin: as in Lightning's strategies.
@@ -121,6 +124,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         plan: ParallelPlan | Mapping[str, str] | None = None,
         *,
         auto: AutoSettings | None = None,
+        offload_optimizer: bool = False,
         guard: Guard | None = None,
         process_group: ProcessGroupSettings | None = None,
         checkpoint: CheckpointSettings | None = None,
@@ -154,7 +158,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._sequence_parallel = bool(self._given["sequence_parallel"])
         self._blocks, self._plan = blocks, ParallelPlan.of(plan)
         self._context, self._capacity_factor = context, capacity_factor
-        self._gather_bf16 = gather_bf16
+        self._gather_bf16, self._offload_optimizer = gather_bf16, offload_optimizer
         self._float8 = Float8() if float8 is True else float8 or None
         self._recompute, self._compile, self._guard = Recompute.of(self._given["recompute"]), compile, guard
         self._group_settings = process_group or ProcessGroupSettings()
@@ -179,6 +183,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._tokens: TokenCount | None = None
         self._sync = True
         self._guards: dict[int, StepGuard] = {}
+        self._offloaded: list[HostState] = []
         self._sum_to_differentiate: Tensor | None = None
         self._streams: RandomStreams | None = None
         self._seed, self._run_id, self._num_saves = 0, uuid.uuid4().hex[:12], 0
@@ -302,7 +307,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             self._prepare_checkpoints(trainer)
             self.setup_optimizers(trainer)
         sharing = None if self._nodes is None else self._nodes.ranks
-        self._state = CheckpointState(self._done, self.optimizers, self.layout, self.global_rank, sharing)
+        self._state = CheckpointState(self._done, self.optimizers, self.layout, self.global_rank, sharing, self._offloaded)
         self.setup_precision_plugin()
         if fitting:
             self.names.optimizers_to_device(self.optimizers, self.root_device)
@@ -337,6 +342,17 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             if len(mixed) > 1:  # scalars are not sharded: no single multi-tensor kernel takes both kinds
                 for group in optimizer.param_groups:
                     group["foreach"] = False
+        if self._offload_optimizer:
+            sizes = self._sizes_alike()
+            self._offloaded = [HostState(each, sizes) for each in self.optimizers]
+
+    def _sizes_alike(self) -> dict[int, int]:
+        """Return about how much of each parameter a rank has (by ``id``): the same on all that update it together."""
+        assert self._done is not None
+        layout, shards = self.layout, self._done.shards
+        ranks = layout.tp * (layout.dp_shard * layout.cp if layout.zero_stage else 1)
+        params = self._done.named_parameters().items()
+        return {id(param): math.prod(shards.of(name, param).global_shape) // ranks for name, param in params}
 
     def _check_checkpoint_paths(self, trainer: Any) -> None:
         """Refuse here what would otherwise be refused at the end of the first epoch."""

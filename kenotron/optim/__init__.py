@@ -5,6 +5,7 @@ from __future__ import annotations
 from kenotron.optim.coordinates import Coordinate, coordinate_check, growth
 from kenotron.optim.groups import Rule, muon_groups, parameter_groups
 from kenotron.optim.muon import Muon
+from kenotron.optim.offload import HostState
 from kenotron.optim.parametrisation import Parametrised, parametrise, spectral_lr_scale, spectral_std
 from kenotron.optim.placement import Placement, ShardAware, check_optimizer
 from kenotron.optim.rounding import StochasticAdamW, stochastic_round
@@ -12,6 +13,7 @@ from kenotron.optim.schedules import Schedule, ScheduleLR, scheduler_config
 
 __all__ = [
     "Coordinate",
+    "HostState",
     "Muon",
     "Parametrised",
     "Placement",

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining.stage import _RecvInfo as RecvInfo
+from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +25,7 @@ __all__ = [
     "flatten",
     "group_options",
     "is_in_backward",
+    "set_local",
     "watch_compilation",
 ]
 
@@ -112,3 +114,8 @@ def watch_compilation(begin: Callable[[], None], end: Callable[[], None]) -> Cal
 def is_in_backward() -> bool:
     """Return whether autograd runs a backward pass in this thread."""
     return torch._C._current_graph_task_id() != -1
+
+
+def set_local(tensor: DTensor, part: Tensor) -> None:
+    """Let a DTensor have its local part elsewhere, of the same shape: in host memory, say, while nothing computes with it."""
+    tensor._local_tensor = part

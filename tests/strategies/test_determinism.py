@@ -47,9 +47,11 @@ RECIPES: dict[str, tuple[int, dict[str, Any], dict[str, Any], str]] = {
     "recompute, dp2 pp2": (DP2_PP2[0], {**DP2_PP2[1], "recompute": "full"}, {}, "adamw"),
     "stochastic rounding, zero 3": (2, {"zero_stage": 3}, {"precision": "bf16-true"}, "stochastic"),
     "stochastic rounding, zero 0": (2, {"zero_stage": 0}, {"precision": "bf16-true"}, "stochastic"),
+    "optimizer on the host, zero 3": (2, {"zero_stage": 3, "offload_optimizer": True}, {}, "adamw"),
+    "muon on the host, tp2": (2, {"tp": 2, "offload_optimizer": True}, {}, "muon"),
     "compiled": (2, {"compile": True, "recompute": "selective"}, {}, "adamw"),
 }
-OFTEN = ("full recompute", "guard, tp2 pp2", "muon, zero 3", "bf16, accumulated, zero 2")
+OFTEN = ("full recompute", "guard, tp2 pp2", "muon, zero 3", "bf16, accumulated, zero 2", "optimizer on the host, zero 3")
 
 
 def each_epoch(folder: str) -> ModelCheckpoint:
