@@ -87,6 +87,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             (matrix products and attention), or a ``Recompute`` with every n-th block, operators, a budget, offloading.
         float8: products of the blocks' linear layers run in float8, by torchao; ``Float8`` says which and how they are scaled.
         compile: let torch compile each block.
+        async_tp: in compiled blocks under sequence parallelism, transfers travel behind the products beside them, on GPUs that
+            can read each other's memory.
         gather_bf16: under ``precision="bf16-mixed"`` weights that ZeRO shards are gathered, and used, as bfloat16: half the
             traffic, and autocast makes no copies. Weights stay float32, and so do the sums of gradients.
         plan: what becomes of each module, as a ``ParallelPlan`` or a mapping of name patterns to styles.
@@ -120,6 +122,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         recompute: RecomputeMode | Recompute | Literal["auto"] = "none",
         float8: bool | Float8 = False,
         compile: bool = False,
+        async_tp: bool = False,
         gather_bf16: bool = False,
         plan: ParallelPlan | Mapping[str, str] | None = None,
         *,
@@ -154,6 +157,12 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             pipelines.check_microbatches(schedule, microbatches, wanted.pp)
         if self._given["sequence_parallel"] and wanted.tp == 1 and "tp" not in self._auto:
             raise ValueError("sequence_parallel=True cuts sequences over the tp ranks, but tp=1. Set tp > 1, or False.")
+        if async_tp and not (compile and (self._given["sequence_parallel"] or "sequence_parallel" in self._auto)):
+            raise ValueError(
+                f"async_tp=True with compile={compile}, sequence_parallel={self._given['sequence_parallel']}: the compiler "
+                "joins transfers of sequence parallelism with products. Set both to True, or async_tp=False."
+            )
+        self._async_tp = async_tp
         self._schedule, self._virtual_stages, self._microbatches = schedule, virtual_stages, microbatches
         self._sequence_parallel = bool(self._given["sequence_parallel"])
         self._blocks, self._plan = blocks, ParallelPlan.of(plan)
@@ -426,6 +435,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             float8=self._float8,
             recompute=self._recompute,
             compile=self._compile,
+            async_tp=self._async_tp and self.layout.tp > 1,
             gather_bf16=self._gather_bf16,
             manual_optimization=not module.automatic_optimization,
         )

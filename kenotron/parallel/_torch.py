@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining.stage import _RecvInfo as RecvInfo
@@ -16,6 +17,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
+    "OVERLAP_OPTION",
     "FakeTensorMode",
     "RecvInfo",
     "SilentGroup",
@@ -23,11 +25,30 @@ __all__ = [
     "compute_local_shape_and_global_offset",
     "default_store",
     "flatten",
+    "functional_all_gather",
+    "functional_reduce_scatter",
     "group_options",
     "is_in_backward",
     "set_local",
+    "share_memory",
     "watch_compilation",
 ]
+
+# torch 2.13 renamed these two; pyproject.toml allows 2.11. (x, dim, group) and (x, "sum", dim, group): equal slices along dim.
+functional_all_gather: Callable[..., Tensor] = getattr(funcol, "all_gather_single", None) or funcol.all_gather_tensor
+functional_reduce_scatter: Callable[..., Tensor] = (
+    getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
+)
+
+#: An option of ``torch.compile``: collectives beside matrix products become one operator with them.
+OVERLAP_OPTION = "_micro_pipeline_tp"
+
+
+def share_memory(group: dist.ProcessGroup) -> None:
+    """Let the compiler use symmetric memory for collectives of a group. All its ranks call it."""
+    from torch.distributed._symmetric_memory import enable_symm_mem_for_group
+
+    enable_symm_mem_for_group(group.group_name)
 
 
 def default_store() -> dist.Store:

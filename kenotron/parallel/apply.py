@@ -19,7 +19,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from kenotron.layout import ParallelLayout
-from kenotron.parallel import expert, init, pipeline, stages, tensor
+from kenotron.parallel import expert, init, overlap, pipeline, stages, tensor
 from kenotron.parallel._torch import flatten
 from kenotron.parallel.context import ContextKind, ContextParallel
 from kenotron.parallel.cut import Cut
@@ -43,7 +43,7 @@ class Request:
         schedule, virtual_stages, sequence_parallel: as in ``KenotronStrategy``.
         capacity_factor: as in ``ExpertParallel``. context: as ``ContextParallel.kind``.
         float8: which products run in it, if any. recompute: what blocks keep for the backward pass. compile: whether they are
-            compiled.
+            compiled. async_tp: transfers of sequence parallelism overlap with products, in compiled blocks.
         gather_bf16: as in ``FullySharded``. manual_optimization: updates happen inside the step.
         device: of this rank. seed: for weights that are made here.
     """
@@ -61,6 +61,7 @@ class Request:
     float8: Float8 | None = None
     recompute: Recompute = field(default_factory=Recompute)
     compile: bool = False
+    async_tp: bool = False
     gather_bf16: bool = False
     manual_optimization: bool = False
 
@@ -169,7 +170,7 @@ def parallelize(
         kv_groups = _tensor_parallel(done, mesh, plan, blocks, request)
         _context_parallel(done, mesh, request)
     _float8(done, blocks, request)
-    _recompute_and_compile(done, blocks, request)
+    _recompute_and_compile(done, mesh, blocks, request)
     if mesh is not None:
         _data_parallel(done, mesh, expert_mesh, blocks, request)
         done.owed = OwedSums(shards, mesh["tp"].get_group(), kv_groups, pp_groups)
@@ -359,7 +360,7 @@ def _float8(done: Parallelized, blocks: str | None, request: Request) -> None:
         )
 
 
-def _recompute_and_compile(done: Parallelized, blocks: str | None, request: Request) -> None:
+def _recompute_and_compile(done: Parallelized, mesh: DeviceMesh | None, blocks: str | None, request: Request) -> None:
     """Blocks: what they keep for the backward pass, and graphs of them."""
     if not request.recompute and not request.compile:
         return
@@ -367,7 +368,12 @@ def _recompute_and_compile(done: Parallelized, blocks: str | None, request: Requ
     children = list(done.root.get_submodule(blocks).children())
     request.recompute.apply(children)
     if request.compile:
-        compile_blocks([block for block in children if any(p.numel() for p in block.parameters())])
+        options = None
+        if request.async_tp:
+            assert mesh is not None
+            overlap.check_async_tp(request.device, request.layout.tp)
+            options = overlap.compile_options(mesh["tp"].get_group())
+        compile_blocks([block for block in children if any(p.numel() for p in block.parameters())], options)
 
 
 def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:

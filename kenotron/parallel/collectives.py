@@ -18,8 +18,9 @@ A backward is made of these same functions, so that each can be differentiated a
 not divide is cut as ``torch.tensor_split`` does: the first ranks hold one element more. Where there is nobody to
 communicate with (``group=None``, or one rank) the input itself comes back; ``_alone`` decides that, and nothing else.
 
-Plain ``torch.distributed`` calls rather than functional collectives: torch.compile traces both, and in eager mode the
-plain ones cost half as much on small tensors (gloo, 2 ranks, 8 elements: 1.0 against 2.2 ms on a busy CPU).
+In eager mode plain ``torch.distributed`` calls, which cost half as much as functional ones on small tensors (gloo, 2 ranks,
+8 elements: 1.0 against 2.2 ms on a busy CPU). Equal slices in compiled code go through functional collectives: torch's passes
+know their form (see ``overlap``).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
+
+from kenotron.parallel._torch import functional_all_gather, functional_reduce_scatter
 
 Group = ProcessGroup | None
 """The ranks to communicate with; ``None``: this process is alone."""
@@ -141,6 +144,8 @@ def _all_reduce(x: Tensor, group: ProcessGroup) -> Tensor:
 def _all_gather(x: Tensor, dim: int, group: ProcessGroup, size: int) -> Tensor:
     """Return the slices joined along ``dim``, which is ``size`` long; ``x`` is this rank's."""
     parts = group.size()
+    if size % parts == 0 and torch.compiler.is_compiling():
+        return functional_all_gather(x.contiguous(), dim, group)
     longest = split_bounds(size, parts, 0)[1]
     stacked = all_gather_stack(_pad(x, dim, longest), group)
     if size % parts == 0:
@@ -153,6 +158,8 @@ def _all_gather(x: Tensor, dim: int, group: ProcessGroup, size: int) -> Tensor:
 def _reduce_scatter(x: Tensor, dim: int, group: ProcessGroup) -> Tensor:
     """Return this rank's slice along ``dim`` of the sum over the ranks."""
     parts = group.size()
+    if x.shape[dim] % parts == 0 and torch.compiler.is_compiling():
+        return functional_reduce_scatter(x, "sum", dim, group)
     bounds = [split_bounds(x.shape[dim], parts, index) for index in range(parts)]
     longest, own = bounds[0][1], bounds[group.rank()][1]
     # One contiguous block for each rank.

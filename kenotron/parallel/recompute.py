@@ -145,7 +145,11 @@ def _offloaded(forward: Callable[..., Any]) -> Callable[..., Any]:
     return offloaded
 
 
-def compile_blocks(blocks: Sequence[nn.Module]) -> None:
-    """Let each block's ``forward`` be compiled when it is first called; like blocks share their code."""
+def compile_blocks(blocks: Sequence[nn.Module], options: dict[str, Any] | None = None) -> None:
+    """Let each block's ``forward`` be compiled when it is first called; like blocks share their code.
+
+    Args:
+        options: of ``torch.compile``.
+    """
     for block in blocks:
-        block.forward = torch.compile(block.forward)
+        block.forward = torch.compile(block.forward, options=options)
