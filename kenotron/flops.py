@@ -16,14 +16,16 @@ sees every key, and causal, which is half of that.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from types import FrameType
-from typing import Any, NamedTuple, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -77,6 +79,7 @@ class FlopCounter(TorchDispatchMode):
     """
 
     supports_higher_order_operators = True  # flex_attention is one
+    running: ClassVar[list[FlopCounter]] = []
 
     def __init__(self, lengths: Collection[int] = (), *, compare: bool = False, skip: Iterable[Any] = ()) -> None:
         super().__init__()
@@ -99,6 +102,27 @@ class FlopCounter(TorchDispatchMode):
         """Stop counting. Whatever was switched on since :meth:`start` must be off again."""
         self.__exit__(None, None, None)
         self._stance.__exit__(None, None, None)
+
+    def __enter__(self) -> Self:
+        self.running.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.running.remove(self)
+
+    @contextlib.contextmanager
+    def attention(self, q: Tensor, k: Tensor, v: Tensor, keys: int, *, backward: bool) -> Iterator[None]:
+        """See :func:`as_attention`."""
+        was_paused, self.is_paused = self.is_paused, True
+        try:
+            yield
+        finally:
+            self.is_paused = was_paused
+        if not was_paused and not self._is_extra(sys._getframe(1)):
+            products = 2 if backward else 1
+            self._note("attention", products * _of_pairs(q.shape[0] * q.shape[2] * keys, q.shape[1], q, v), True, [q, k, v])
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -148,6 +172,17 @@ class FlopCounter(TorchDispatchMode):
         # As many digits as ranks agree on whose kernels add up in no fixed order.
         found = [tuple(float(f"{next(norms):.8e}") for _ in factors) for factors in self._norms]
         return [product._replace(norms=own) for product, own in zip(self._products, found, strict=True)]
+
+
+def as_attention(q: Tensor, k: Tensor, v: Tensor, keys: int, *, backward: bool = False) -> AbstractContextManager[None]:
+    """Let what an attention of one's own computes count as an attention kernel: all queries by all keys, whatever tiles ran.
+
+    Args:
+        q, k, v: [batch, heads, sequence, dim]. keys: that the queries may see, on all ranks. backward: of it.
+    """
+    if not FlopCounter.running:
+        return contextlib.nullcontext()
+    return FlopCounter.running[-1].attention(q, k, v, keys, backward=backward)
 
 
 def total(products: Iterable[Product]) -> Flops:
@@ -235,7 +270,11 @@ def _attention(name: str, args: tuple[Any, ...]) -> float:
         heads_first = "scaled_dot_product" in name or name.startswith("flex")
         heads, length, keys = (q.shape[1], q.shape[2], k.shape[2]) if heads_first else (q.shape[2], q.shape[1], k.shape[1])
         pairs = q.shape[0] * length * keys
-    return 2.0 * pairs * heads * (q.shape[-1] + v.shape[-1]) * (2 if is_backward else 1)
+    return _of_pairs(pairs, heads, q, v) * (2 if is_backward else 1)
+
+
+def _of_pairs(pairs: int, heads: int, q: Tensor, v: Tensor) -> float:
+    return 2.0 * pairs * heads * (q.shape[-1] + v.shape[-1])
 
 
 def _pairs_of_documents(tensors: Sequence[Tensor]) -> int | None:

@@ -18,14 +18,20 @@ import socket
 import threading
 import time
 import traceback
+import weakref
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 _VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
 )  # fmt: skip
+
+#: A worker with more threads is replaced. What sharded tensors leave in torch's caches keeps a thread of gloo for each process
+#: group, which wakes a hundred times a second: with some thousand of them nothing else runs.
+_MOST_THREADS = 128
 
 
 class RanksFailedError(RuntimeError):
@@ -42,8 +48,8 @@ class RankPool:
     def __init__(self, size: int, threads: int = 1) -> None:
         self._size = size
         self._threads = threads
-        self._workers: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
-        atexit.register(self.close)  # before multiprocessing waits for them at exit
+        self._workers: list[_Worker] = []
+        _pools.add(self)
 
     def __enter__(self) -> RankPool:
         return self
@@ -67,7 +73,7 @@ class RankPool:
         while len(self._workers) < num_ranks:
             self._workers.append(_start_worker(self._threads))
         port = _free_port()
-        pipes = [pipe for _, pipe in self._workers[:num_ranks]]
+        pipes = [worker.pipe for worker in self._workers[:num_ranks]]
         for rank, pipe in enumerate(pipes):
             pipe.send((_environment(rank, num_ranks, port), function, args, kwargs))
         results = _collect(pipes, timeout_s)
@@ -76,25 +82,49 @@ class RankPool:
             self.close()
             texts = "\n".join(f"--- rank {rank} of {num_ranks} ---\n{text}" for rank, text in failures.items())
             raise RanksFailedError(f"{function.__name__} failed on ranks {sorted(failures)}:\n{texts}")
+        self._end([worker for worker in self._workers if worker.num_threads() > _MOST_THREADS])
         return [value for _, value in results]
 
     def close(self) -> None:
         """End all processes."""
-        for process, pipe in self._workers:
-            process.kill()
-            process.join()
-            pipe.close()
-        self._workers = []
+        self._end(list(self._workers))
+
+    def _end(self, workers: list[_Worker]) -> None:
+        for worker in workers:
+            worker.process.kill()
+            worker.process.join()
+            worker.pipe.close()
+            self._workers.remove(worker)
 
 
-def _start_worker(threads: int) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+_pools: weakref.WeakSet[RankPool] = weakref.WeakSet()
+
+
+@atexit.register  # before multiprocessing waits for them
+def close_pools() -> None:
+    """End the processes of all pools: a pool that is used again starts new ones."""
+    for pool in list(_pools):
+        pool.close()
+
+
+class _Worker(NamedTuple):
+    process: multiprocessing.process.BaseProcess
+    pipe: Connection
+
+    def num_threads(self) -> int:
+        """Return how many threads the process has; 0 where the system does not tell."""
+        tasks = Path(f"/proc/{self.process.pid}/task")
+        return len(list(tasks.iterdir())) if tasks.is_dir() else 0
+
+
+def _start_worker(threads: int) -> _Worker:
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     # No daemon: those may not have children, and data loaders want workers.
     process = context.Process(target=_serve, args=(theirs, threads))
     process.start()
     theirs.close()
-    return process, ours
+    return _Worker(process, ours)
 
 
 def _serve(pipe: Connection, threads: int) -> None:

@@ -36,6 +36,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.distributed import ProcessGroup
 
+from kenotron.flops import as_attention
 from kenotron.models.autocast import compute_dtype
 from kenotron.parallel.attention import Mask, accumulation_dtype, attend, attend_backward, empty_result
 from kenotron.parallel.collectives import Group, all_to_all, group_rank, group_size
@@ -271,12 +272,13 @@ class _Attention(Function):
         out, lse = empty_result(q, v)
         if sinks is not None:  # as a key would be whose value is zero
             lse.copy_(sinks.unsqueeze(-1).expand_as(lse))
-        for owner, (k_block, v_block) in _travel(k, v, setting.group):
-            for rows, cols, mask in _blocks(setting, documents, q.shape[2], owner):
-                attend(
-                    q[:, :, rows], k_block[:, :, cols], v_block[:, :, cols], mask=mask, scale=setting.scale,
-                    softcap=setting.softcap, into=(out[:, :, rows], lse[:, :, rows]),
-                )  # fmt: skip
+        with as_attention(q, k, v, k.shape[2] * group_size(setting.group)):
+            for owner, (k_block, v_block) in _travel(k, v, setting.group):
+                for rows, cols, mask in _blocks(setting, documents, q.shape[2], owner):
+                    attend(
+                        q[:, :, rows], k_block[:, :, cols], v_block[:, :, cols], mask=mask, scale=setting.scale,
+                        softcap=setting.softcap, into=(out[:, :, rows], lse[:, :, rows]),
+                    )  # fmt: skip
         out = out.to(q.dtype)
         ctx.save_for_backward(q, k, v, sinks, documents, out, lse)
         ctx.setting = setting
@@ -285,30 +287,35 @@ class _Attention(Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, sinks, documents, out, lse = ctx.saved_tensors
-        setting: _Setting = ctx.setting
-        dq = torch.zeros_like(q, dtype=accumulation_dtype(q))
-        transfer = None
-        for owner, (k_block, v_block) in _travel(k, v, setting.group):
-            here = k.new_zeros(k.numel() + v.numel(), dtype=dq.dtype)  # this rank's share in the owner's gradients
-            dk, dv = _apart(here, k, v)
-            for rows, cols, mask in _blocks(setting, documents, q.shape[2], owner):
-                attend_backward(
-                    dout[:, :, rows], q[:, :, rows], k_block[:, :, cols], v_block[:, :, cols], out[:, :, rows], lse[:, :, rows],
-                    mask=mask, scale=setting.scale, softcap=setting.softcap,
-                    into=(dq[:, :, rows], dk[:, :, cols], dv[:, :, cols]),
-                )  # fmt: skip
-            if transfer is not None:
-                here += transfer.wait()  # those of all ranks before
-            transfer = _pass_on(here, setting.group, tag=1)  # it arrives while the next block is computed
-        assert transfer is not None
-        dk, dv = _apart(transfer.wait(), k, v)  # home
-        dsinks = None
-        if sinks is not None:
-            delta = (dout.to(lse.dtype) * out).sum(-1)
-            share = torch.exp(sinks.unsqueeze(-1) - lse)
-            dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
-        return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None
+        q, k, v, *_ = saved = ctx.saved_tensors  # once: a checkpoint gives them once
+        with as_attention(q, k, v, k.shape[2] * group_size(ctx.setting.group), backward=True):
+            return _backward(dout, saved, ctx.setting)
+
+
+def _backward(dout: Tensor, saved: tuple[Any, ...], setting: _Setting) -> tuple[Tensor | None, ...]:
+    q, k, v, sinks, documents, out, lse = saved
+    dq = torch.zeros_like(q, dtype=accumulation_dtype(q))
+    transfer = None
+    for owner, (k_block, v_block) in _travel(k, v, setting.group):
+        here = k.new_zeros(k.numel() + v.numel(), dtype=dq.dtype)  # this rank's share in the owner's gradients
+        dk, dv = _apart(here, k, v)
+        for rows, cols, mask in _blocks(setting, documents, q.shape[2], owner):
+            attend_backward(
+                dout[:, :, rows], q[:, :, rows], k_block[:, :, cols], v_block[:, :, cols], out[:, :, rows], lse[:, :, rows],
+                mask=mask, scale=setting.scale, softcap=setting.softcap,
+                into=(dq[:, :, rows], dk[:, :, cols], dv[:, :, cols]),
+            )  # fmt: skip
+        if transfer is not None:
+            here += transfer.wait()  # those of all ranks before
+        transfer = _pass_on(here, setting.group, tag=1)  # it arrives while the next block is computed
+    assert transfer is not None
+    dk, dv = _apart(transfer.wait(), k, v)  # home
+    dsinks = None
+    if sinks is not None:
+        delta = (dout.to(lse.dtype) * out).sum(-1)
+        share = torch.exp(sinks.unsqueeze(-1) - lse)
+        dsinks = -(share * delta).sum((0, 2)).to(sinks.dtype)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), dsinks, None, None
 
 
 def _travel(k: Tensor, v: Tensor, group: Group) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:

@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils.checkpoint import checkpoint
 
+from kenotron.flops import FlopCounter, Flops, total
 from kenotron.parallel import ring as R
 from kenotron.parallel.ring import contiguous_indices, ring_attention, ulysses_attention, zigzag_indices
 
@@ -379,3 +381,21 @@ def test_where_chunks_lie():
         zigzag_indices(12, 4, 0)
     with pytest.raises(ValueError, match="pad them to 12"):
         contiguous_indices(9, 4, 0)
+
+
+def counted_flops(group: ProcessGroup, attention: Any) -> Flops:
+    shape = (2, 4, 8, 4)
+    q, k, v = (torch.randn(shape, requires_grad=True) for _ in range(3))
+    with FlopCounter() as counter:
+        attention(q, k, v, group=group).sum().backward()
+        checkpoint(attention, q, k, v, group=group, use_reentrant=False).sum().backward()
+    return total(counter.products())
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("attention", [ring_attention, ulysses_attention])
+def test_flops_are_those_of_all_queries_and_keys_whatever_tiles_ran(ranks, attention, size):
+    found = ranks(counted_flops, attention, size=size)
+    # Two products forward, four backward, twice; that which is computed again does not count.
+    assert sum(flops.attention for flops in found) == 2 * 6 * 2 * 2 * 4 * (8 * size) ** 2 * 4
+    assert all(flops.other == 0 for flops in found)
