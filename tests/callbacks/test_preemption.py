@@ -62,7 +62,11 @@ def fit(
     return found | {"losses": kept.losses, "step": trainer.global_step}
 
 
-@pytest.mark.parametrize("strategy", [{"zero_stage": 1}, {"pp": 2, "microbatches": 2}, "ddp"], ids=["dp2", "pp2", "ddp"])
+@pytest.mark.parametrize(
+    "strategy",
+    [{"zero_stage": 1}, pytest.param({"pp": 2, "microbatches": 2}, marks=pytest.mark.slow), "ddp"],
+    ids=["dp2", "pp2", "ddp"],
+)
 def test_one_rank_gets_the_signal_and_resume_continues_the_same_losses(pool: RankPool, tmp_path: Path, strategy: Any) -> None:
     whole = pool.run(fit, 2, str(tmp_path / "whole"), strategy)
     stopped = pool.run(fit, 2, str(tmp_path / "cut"), strategy, kill=(1, 3))

@@ -51,6 +51,7 @@ def test_rows_have_all_figures_and_what_cannot_run_says_why(tmp_path: Path) -> N
     assert picture.startswith(b"\x89PNG") and width > 1000 and height > 500
 
 
+@pytest.mark.slow
 def test_what_cannot_be_built_is_told_once(tmp_path: Path) -> None:
     code, output, rows = compare(tmp_path, "--model", "compare_modules.Broken", "--strategies", "ddp", "kenotron")
     assert code == 2 and rows == []
