@@ -17,7 +17,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from strategy_helpers import SLOW, Classifier, Task, loaders, make_trainer
 
 import kenotron
+from kenotron.callbacks import Upload
 from kenotron.checkpoint import is_checkpoint, load_state, load_state_dict, merge, read_manifest
+from kenotron.checkpoint.remote import RemoteFolder
 from kenotron.strategies import CheckpointSettings, KenotronStrategy
 from kenotron.testing import RankPool
 
@@ -53,13 +55,26 @@ class AsTheyAre(OnNodes):
         return str(path)
 
 
+class OwnFolder(L.Callback):
+    """Names the node's folder to those who look into it themselves."""
+
+    def __init__(self, keep: ModelCheckpoint) -> None:
+        self.keep = keep
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.keep.dirpath = trainer.strategy.own(self.keep.dirpath)
+
+
 def fit(strategy: Mapping[str, Any], folder: str, **options: Any) -> list[str]:
     rank = int(os.environ["RANK"])
     os.environ |= {"GROUP_RANK": str(rank // 2), "LOCAL_RANK": str(rank % 2), "LOCAL_WORLD_SIZE": "2"}
     L.seed_everything(1, verbose=False)
     keep = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=3, save_top_k=1, monitor="step", mode="max")
     on_nodes = options.pop("kind", OnNodes)(**strategy, checkpoint=CheckpointSettings(node_local=True))
-    trainer = make_trainer(on_nodes, [keep], devices=2, num_nodes=2, max_epochs=options.pop("max_epochs", 2))
+    callbacks: list[L.Callback] = [keep]
+    if url := options.pop("url", None):
+        callbacks += [OwnFolder(keep), Upload(url, every_s=0.05)]
+    trainer = make_trainer(on_nodes, callbacks, devices=2, num_nodes=2, max_epochs=options.pop("max_epochs", 2))
     train, _ = loaders(trainer, Task(Classifier, strategy))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -91,6 +106,20 @@ def test_each_node_keeps_its_part_and_resumes_from_it(pool: RankPool, strategy: 
     expected, found = (load_state_dict(each, "") for each in merged)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected if not name.startswith(("state/", "rank_state/")))
+
+
+@SLOW
+def test_each_node_sends_its_part(pool: RankPool, tmp_path: Path) -> None:
+    url = f"file://{tmp_path}/remote"
+    pool.run(fit, 4, {"zero_stage": 3}, str(tmp_path / "DISK"), url=url)
+    for node in (0, 1):
+        assert RemoteFolder(f"{url}/node-{node}").names()[-1] == "step=6.ckpt"
+    back = [Upload.fetch(f"{url}/node-{node}", tmp_path / f"back-{node}", "step=6.ckpt") for node in (0, 1)]
+    assert [read_manifest(path).node is not None for path in back] == [True, True]
+    here = merge([tmp_path / f"node-{node}" / "step=6.ckpt" for node in (0, 1)], tmp_path / "here")
+    weights, expected = kenotron.load_state_dict(merge(back, tmp_path / "merged")), kenotron.load_state_dict(here)
+    assert weights.keys() == expected.keys()
+    assert all(torch.equal(weights[name], expected[name]) for name in expected)
 
 
 def load_elsewhere(path: str) -> dict[str, torch.Tensor]:
