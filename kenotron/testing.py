@@ -29,7 +29,7 @@ _VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
 )  # fmt: skip
 
-#: A worker with more threads is replaced. What sharded tensors leave in torch's caches keeps a thread of gloo for each process
+#: Workers are replaced once one has more threads. What sharded tensors leave in torch's caches keeps a thread of gloo for each process
 #: group, which wakes a hundred times a second: with some thousand of them nothing else runs.
 _MOST_THREADS = 128
 
@@ -82,19 +82,17 @@ class RankPool:
             self.close()
             texts = "\n".join(f"--- rank {rank} of {num_ranks} ---\n{text}" for rank, text in failures.items())
             raise RanksFailedError(f"{function.__name__} failed on ranks {sorted(failures)}:\n{texts}")
-        self._end([worker for worker in self._workers if worker.num_threads() > _MOST_THREADS])
+        if any(worker.num_threads() > _MOST_THREADS for worker in self._workers):
+            self.close()
         return [value for _, value in results]
 
     def close(self) -> None:
-        """End all processes."""
-        self._end(list(self._workers))
-
-    def _end(self, workers: list[_Worker]) -> None:
-        for worker in workers:
+        """End all processes. Never some of them: the others would change their ranks, and torch caches what a rank holds."""
+        for worker in self._workers:
             worker.process.kill()
             worker.process.join()
             worker.pipe.close()
-            self._workers.remove(worker)
+        self._workers = []
 
 
 _pools: weakref.WeakSet[RankPool] = weakref.WeakSet()
