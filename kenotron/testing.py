@@ -29,8 +29,8 @@ _VARIABLES = (
     "RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID",
 )  # fmt: skip
 
-#: Workers are replaced once one has more threads. What sharded tensors leave in torch's caches keeps a thread of gloo for each process
-#: group, which wakes a hundred times a second: with some thousand of them nothing else runs.
+#: Workers are replaced once one has more threads. What sharded tensors leave in torch's caches keeps a thread of gloo for each
+#: process group, which wakes a hundred times a second: with some thousand of them nothing else runs.
 _MOST_THREADS = 128
 
 
