@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning as L
 
+from kenotron.callbacks.summary import EveryNSteps
 from kenotron.data.loader import TrainLoader
 
 
@@ -22,16 +23,16 @@ class Consumption(L.Callback):
     """
 
     def __init__(self, every_n_train_steps: int = 50) -> None:
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps={every_n_train_steps}: set it to 1 or more.")
-        self._every, self._last_step = every_n_train_steps, -1
+        self._turn = EveryNSteps(every_n_train_steps)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Remember where this ``fit`` begins."""
+        self._turn.begin(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Log after every n-th optimizer step."""
-        step = trainer.global_step
-        if step % self._every or step == self._last_step:
+        if not self._turn.is_due(trainer):
             return
-        self._last_step = step
         loader = trainer.train_dataloader
         if not isinstance(loader, TrainLoader):
             raise ValueError(
@@ -43,4 +44,4 @@ class Consumption(L.Callback):
             values |= {f"data/{name}/samples": taken.samples, f"data/{name}/tokens": taken.tokens}
             values[f"data/{name}/epochs"] = taken.epochs
         for logger in trainer.loggers:  # not the module's log, which would turn counts into float32
-            logger.log_metrics(values, step=step)
+            logger.log_metrics(values, step=trainer.global_step)

@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 
-from kenotron.callbacks.summary import Recorder, check_every
+from kenotron.callbacks.summary import EveryNSteps, Recorder
 
 
 class GarbageCollection(Recorder):
@@ -30,21 +30,20 @@ class GarbageCollection(Recorder):
         super().__init__()
         if generation not in (0, 1, 2):
             raise ValueError(f"generation={generation!r}: set it to 0, 1 or 2, which looks at all objects.")
-        self._every, self._generation, self._last_step = check_every(every_n_train_steps), generation, -1
+        self._turn, self._generation = EveryNSteps(every_n_train_steps), generation
         self._was_enabled: bool | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Collect what building the model has left, and take over."""
-        self._was_enabled, self._last_step = gc.isenabled(), trainer.global_step
+        self._turn.begin(trainer)
+        self._was_enabled = gc.isenabled()
         gc.disable()
         gc.collect()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Collect after every n-th optimizer step."""
-        step = trainer.global_step
-        if step % self._every or step == self._last_step:
+        if not self._turn.is_due(trainer):
             return
-        self._last_step = step
         began = time.perf_counter()
         collected = gc.collect(self._generation)
         seconds = time.perf_counter() - began

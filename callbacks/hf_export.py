@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 
+from kenotron.callbacks.summary import check_every
 from kenotron.hf import export
 from kenotron.strategies.persistence import Persistence
 
@@ -31,8 +32,7 @@ class HFExport(L.Callback):
     """
 
     def __init__(self, dirpath: str | Path, every_n_train_steps: int, **settings: Any) -> None:
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps={every_n_train_steps}: set it to 1 or more.")
+        check_every(every_n_train_steps)
         self._dirpath, self._every, self._settings = Path(dirpath), every_n_train_steps, settings
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None

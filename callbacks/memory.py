@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from kenotron.callbacks.summary import Recorder, check_every
+from kenotron.callbacks.summary import EveryNSteps, Recorder
 
 _GIB = 2**30
 
@@ -42,25 +42,25 @@ class Memory(Recorder):
 
     def __init__(self, every_n_train_steps: int = 50) -> None:
         super().__init__()
-        self._every, self._last_step = check_every(every_n_train_steps), -1
+        self._turn = EveryNSteps(every_n_train_steps)
         self._gradients: dict[int, int] = {}
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin anew."""
-        self._last_step, self._gradients = trainer.global_step, {}
+        self._turn.begin(trainer)
+        self._gradients = {}
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: L.LightningModule, optimizer: Optimizer) -> None:
         """Gradients are all there."""
-        if (trainer.global_step + 1) % self._every == 0:
+        if self._turn.is_next(trainer):
             params = (param for group in optimizer.param_groups for param in group["params"])
             self._gradients[id(optimizer)] = num_bytes(param.grad for param in params)
 
     def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, *args: Any) -> None:
         """Log after every n-th optimizer step."""
-        step, device = trainer.global_step, trainer.strategy.root_device
-        if step % self._every or step == self._last_step:
+        if not self._turn.is_due(trainer):
             return
-        self._last_step = step
+        device = trainer.strategy.root_device
         figures = {**_host(), **_device(device), **self._split(trainer, pl_module)}
         values = torch.tensor(list(figures.values()), dtype=torch.float64, device=device)
         if trainer.world_size > 1:

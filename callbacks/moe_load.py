@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 
-from kenotron.callbacks.summary import Recorder, check_every
+from kenotron.callbacks.summary import EveryNSteps, Recorder
 from kenotron.strategies.training import Training
 
 
@@ -34,7 +34,7 @@ class MoELoad(Recorder):
 
     def __init__(self, every_n_train_steps: int = 50) -> None:
         super().__init__()
-        self._every, self._last_step = check_every(every_n_train_steps), -1
+        self._turn = EveryNSteps(every_n_train_steps)
 
     def is_in_table(self, name: str) -> bool:
         """Not each layer."""
@@ -50,16 +50,14 @@ class MoELoad(Recorder):
 
     def on_train_start(self, trainer: Any, pl_module: L.LightningModule) -> None:
         """Begin to count anew."""
-        self._last_step = trainer.global_step
+        self._turn.begin(trainer)
         if not trainer.strategy.expert_loads():
             raise ValueError("MoELoad: the model has no experts that KenotronStrategy knows. Leave the callback out.")
 
     def on_train_batch_end(self, trainer: Any, pl_module: L.LightningModule, *args: Any) -> None:
         """Log after every n-th optimizer step."""
-        step = trainer.global_step
-        if step % self._every or step == self._last_step:
+        if not self._turn.is_due(trainer):
             return
-        self._last_step = step
         loads = trainer.strategy.expert_loads()  # all ranks
         if not trainer.is_global_zero:
             return

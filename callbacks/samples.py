@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from kenotron.callbacks.summary import EveryNSteps
 from kenotron.hf.generate import check_settings, generate
 from kenotron.parallel.plan import transformers_models
 from kenotron.strategies.training import Training
@@ -44,10 +45,8 @@ class Samples(L.Callback):
         top_p: float | None = None,
         seed: int = 0,
     ) -> None:
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps={every_n_train_steps}: set it to 1 or more.")
         check_settings(prompts, max_new_tokens, temperature, top_k, top_p)
-        self._prompts, self._every, self._last_step = list(prompts), every_n_train_steps, -1
+        self._prompts, self._turn = list(prompts), EveryNSteps(every_n_train_steps)
         self._settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
         self._settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         if isinstance(tokenizer, (str, os.PathLike)):
@@ -72,14 +71,13 @@ class Samples(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember where this ``fit`` begins, which was dealt with before."""
-        self._last_step = trainer.global_step
+        self._turn.begin(trainer)
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Sample after every n-th optimizer step."""
-        step = trainer.global_step
-        if step % self._every or step == self._last_step:
+        if not self._turn.is_due(trainer):
             return
-        self._last_step = step
+        step = trainer.global_step
         for prompt, text in zip(self._prompts, self._sample(trainer, pl_module), strict=True):
             rank_zero_info(f"step {step}: {prompt}|{text}")
             for logger in trainer.loggers:

@@ -13,6 +13,8 @@ import torch.distributed as dist
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from kenotron.callbacks.summary import check_every
+from kenotron.devices import to_host
 from kenotron.own_work import DeviceTime, OwnWork
 from kenotron.strategies.training import Training
 
@@ -43,8 +45,7 @@ class StragglerDetector(L.Callback):
     """
 
     def __init__(self, every_n_train_steps: int = 50, factor: float = 1.3, *, device_time: bool = True) -> None:
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps={every_n_train_steps}: set it to 1 or more.")
+        check_every(every_n_train_steps)
         if factor <= 1:
             raise ValueError(f"factor={factor}: a slow rank takes more than 1 times the median. Set 1.3, for instance.")
         self._every, self._factor, self._device_time = every_n_train_steps, factor, device_time
@@ -120,15 +121,9 @@ class StragglerDetector(L.Callback):
             gathered = [torch.empty_like(own) for _ in range(trainer.world_size)]
             dist.all_gather(gathered, own)
             everybody = torch.cat(gathered)
+        self._begun = step, *to_host(everybody)
         if device.type != "cuda":
-            self._begun = step, everybody, None
             self._tell(trainer)
-            return
-        host = torch.empty(everybody.shape, pin_memory=True)
-        host.copy_(everybody, non_blocking=True)
-        ready = torch.cuda.Event()
-        ready.record()
-        self._begun = step, host, ready
 
     def _tell(self, trainer: L.Trainer) -> None:
         """Log the comparison that was begun last."""

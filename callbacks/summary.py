@@ -80,3 +80,33 @@ def check_every(steps: int) -> int:
     if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
         raise ValueError(f"every_n_train_steps={steps!r}: set it to 1 or more.")
     return steps
+
+
+class EveryNSteps:
+    """When a callback has its turn: after every n-th optimizer step, once, though several batches may make a step.
+
+    Args:
+        steps: ``every_n_train_steps``.
+
+    Raises:
+        ValueError: it is not positive.
+    """
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._last = check_every(steps), -1
+
+    def begin(self, trainer: L.Trainer) -> None:
+        """Remember where this ``fit`` begins: that step had its turn before."""
+        self._last = trainer.global_step
+
+    def is_due(self, trainer: L.Trainer) -> bool:
+        """Return whether it is the turn, after a batch; from then on no more at this step."""
+        step = trainer.global_step
+        if step % self._steps or step == self._last:
+            return False
+        self._last = step
+        return True
+
+    def is_next(self, trainer: L.Trainer) -> bool:
+        """Return whether it is the turn after the coming optimizer step."""
+        return (trainer.global_step + 1) % self._steps == 0

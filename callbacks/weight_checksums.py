@@ -14,9 +14,11 @@ from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import Tensor
 
+from kenotron.callbacks.summary import EveryNSteps
 from kenotron.checkpoint import LocalTensor
 from kenotron.checkpoint.boxes import Box
 from kenotron.checkpoint.format import box_of
+from kenotron.devices import to_host
 from kenotron.fingerprint import fingerprint
 from kenotron.strategies.persistence import Persistence
 
@@ -50,11 +52,9 @@ class WeightChecksums(L.Callback):
     """
 
     def __init__(self, every_n_train_steps: int = 1000, on_difference: Literal["raise", "warn"] = "raise") -> None:
-        if every_n_train_steps < 1:
-            raise ValueError(f"every_n_train_steps={every_n_train_steps}: set it to 1 or more.")
         if on_difference not in ("raise", "warn"):
             raise ValueError(f"on_difference={on_difference!r}: set 'raise' or 'warn'.")
-        self._every, self._on_difference, self._last_step = every_n_train_steps, on_difference, -1
+        self._turn, self._on_difference = EveryNSteps(every_n_train_steps), on_difference
         self._num_groups: int | None = None
         self._begun: _Comparison | None = None
 
@@ -68,15 +68,14 @@ class WeightChecksums(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Remember where this ``fit`` begins."""
-        self._last_step, self._num_groups, self._begun = trainer.global_step, None, None
+        self._turn.begin(trainer)
+        self._num_groups, self._begun = None, None
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Judge what was begun a step ago, and begin after every n-th step."""
         self._judge(trainer)
-        step = trainer.global_step
-        if trainer.world_size == 1 or step % self._every or step == self._last_step:
+        if trainer.world_size == 1 or not self._turn.is_due(trainer):
             return
-        self._last_step = step
         self._begun = self._begin(trainer, pl_module)
         if trainer.strategy.root_device.type != "cuda":
             self._judge(trainer)
@@ -101,7 +100,7 @@ class WeightChecksums(L.Callback):
             own[row, 1] = fingerprint(torch.stack([value for _, value in found]))
         gathered = [torch.empty_like(own) for _ in range(trainer.world_size)]
         dist.all_gather(gathered, own)
-        return _Comparison(trainer.global_step, groups, *_to_host(torch.stack(gathered)))
+        return _Comparison(trainer.global_step, groups, *to_host(torch.stack(gathered)))
 
     def _judge(self, trainer: L.Trainer) -> None:
         begun, self._begun = self._begun, None
@@ -137,16 +136,6 @@ class _Comparison(NamedTuple):
     groups: Mapping[int, list[tuple[str, Tensor]]]
     gathered: Tensor
     ready: torch.cuda.Event | None
-
-
-def _to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
-    if tensor.device.type != "cuda":
-        return tensor, None
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-    host.copy_(tensor, non_blocking=True)
-    ready = torch.cuda.Event()
-    ready.record()
-    return host, ready
 
 
 def _shared_parts(trainer: L.Trainer, pl_module: L.LightningModule) -> Iterable[tuple[str, tuple[int, ...], Tensor]]:

@@ -1,4 +1,4 @@
-"""Accelerators: what their makers say that they can do, for utilisation and for planning.
+"""Accelerators: what their makers say that they can do, for utilisation and for planning, and how a few numbers leave one.
 
 Figures are of dense matrices (no structured sparsity) with accumulation in fp32, from the makers' data sheets.
 """
@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 _TERA, _GIGA = 1e12, 1e9
 
@@ -95,3 +96,18 @@ def identify(device: torch.device) -> Device | None:
     called = torch.cuda.get_device_name(device)
     name = next((name for part, name in _NAMES if part in called), None)
     return None if name is None else DEVICES[name]
+
+
+def to_host(tensor: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """Start to copy a few numbers to the host, which goes on.
+
+    Returns:
+        The copy, and the event after which it may be read: ``None`` where that is at once.
+    """
+    if tensor.device.type != "cuda":
+        return tensor, None
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host.copy_(tensor, non_blocking=True)
+    ready = torch.cuda.Event()
+    ready.record()
+    return host, ready

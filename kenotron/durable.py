@@ -1,4 +1,4 @@
-"""What the operating system is asked for so that a checkpoint survives a crash: reserve, fsync, rename."""
+"""What the operating system is asked for so that files survive a crash: reserve, fsync, rename."""
 
 from __future__ import annotations
 
@@ -50,11 +50,7 @@ def write_durably(path: Path, data: bytes) -> None:
 def copy_durably(source: Path, target: Path) -> None:
     """Copy a file's content to ``target``, on the disk when this returns (its name: ``fsync_directory``)."""
     shutil.copyfile(source, target)
-    descriptor = os.open(target, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(target)
 
 
 def reserve(descriptor: int, num_bytes: int, path: Path) -> None:

@@ -16,6 +16,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from kenotron.devices import to_host
+
 
 class TooManySkippedStepsError(RuntimeError):
     """Training stopped: one step after the other had to be skipped."""
@@ -116,14 +118,7 @@ class StepGuard:
     def _tell(self, found: Tensor) -> None:
         """Start to bring the verdict to the host."""
         told = torch.cat([found.double(), self._in_row[None].double(), self.num_skipped[None].double()])
-        if self._device.type != "cuda":
-            self._told = told, None
-            return
-        copy = torch.empty(told.shape, dtype=told.dtype, pin_memory=True)
-        copy.copy_(told, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._told = copy, event
+        self._told = to_host(told)
 
     def report(self) -> str | None:
         """Return what is to be said of the last step that was judged, if it was skipped and the host knows.

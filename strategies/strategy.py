@@ -12,7 +12,6 @@ import contextlib
 import functools
 import inspect
 import itertools
-import math
 import os
 import uuid
 import warnings
@@ -352,16 +351,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
                 for group in optimizer.param_groups:
                     group["foreach"] = False
         if self._offload_optimizer:
-            sizes = self._sizes_alike()
+            sizes = self._done.sizes_alike()
             self._offloaded = [HostState(each, sizes) for each in self.optimizers]
-
-    def _sizes_alike(self) -> dict[int, int]:
-        """Return about how much of each parameter a rank has (by ``id``): the same on all that update it together."""
-        assert self._done is not None
-        layout, shards = self.layout, self._done.shards
-        ranks = layout.tp * (layout.dp_shard * layout.cp if layout.zero_stage else 1)
-        params = self._done.named_parameters().items()
-        return {id(param): math.prod(shards.of(name, param).global_shape) // ranks for name, param in params}
 
     def _check_checkpoint_paths(self, trainer: Any) -> None:
         """Refuse here what would otherwise be refused at the end of the first epoch."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -104,6 +105,12 @@ class Parallelized:
         """Return the canonical name of each parameter object, with the empty ones that stand for those of other stages."""
         named = ((canonical(name), param) for name, param in self.root.named_parameters(remove_duplicate=False))
         return {id(param): self.aliases.get(name, name) for name, param in named}
+
+    def sizes_alike(self) -> dict[int, int]:
+        """Return about how much of each parameter a rank has (by ``id``): the same on all that update it together."""
+        ranks = self.layout.tp * (self.layout.dp_shard * self.layout.cp if self.layout.zero_stage else 1)
+        params = self.named_parameters().items()
+        return {id(param): math.prod(self.shards.of(name, param).global_shape) // ranks for name, param in params}
 
     def enclose(self, call: Callable[[], Any]) -> Any:
         """Run ``call()`` with the root's own parameters at hand."""
