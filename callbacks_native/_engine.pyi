@@ -91,6 +91,7 @@ class PieceToRead:
         checksums: the CRC-32C of each chunk, counted from `begin`; the last one may be shorter.
         item_bytes: the size of an element.
         shape: its extents.
+        shared: other processes want it at this time, too; it is read through the page cache, from the disk once.
     """
 
     def __init__(
@@ -102,6 +103,7 @@ class PieceToRead:
         checksums: Sequence[int],
         item_bytes: int,
         shape: Sequence[int],
+        shared: bool = False,
     ) -> None: ...
     def add_target(self, *, offset: Sequence[int], shape: Sequence[int], address: int, strides: Sequence[int]) -> None:
         """Ask for a box of it.
@@ -166,11 +168,12 @@ def read_pieces(
     num_threads: int = 0,
     direct: bool = True,
     stop_at_first_error: bool = True,
+    start: float = 0.0,
 ) -> ReadResult:
     """Fill the destinations of all pieces, checking every chunk before a byte of it is used.
 
-    Reads with several threads of its own, past the page cache where it does not hold the bytes, and lets other Python
-    threads run. After an error some destinations are filled and others are not.
+    Reads with several threads of its own, past the page cache where it does not hold the bytes and they are not shared, and
+    lets other Python threads run. After an error some destinations are filled and others are not.
 
     Args:
         files: the paths.
@@ -179,8 +182,9 @@ def read_pieces(
         num_threads: 0 for as many as there are processors, but 2 to 4.
         direct: False reads through the page cache only.
         stop_at_first_error: False goes on and reports all errors.
+        start: with what part of the pieces to begin, at least 0 and below 1; processes that share some begin at different ones.
 
     Raises:
-        ValueError: a piece contradicts itself.
+        ValueError: a piece contradicts itself, or ``start`` is out of range.
         KeyboardInterrupt: or what else a signal handler raises meanwhile.
     """

@@ -3,7 +3,8 @@
 //   2. Neighbouring chunks make a window, what lies between them is read along where it is short: ten thousand tiny
 //      tensors are a few reads, and a tensor of any size needs no more memory than one window per thread.
 //   3. Threads take windows one by one. A window that is in the page cache is copied from there, any other one is read
-//      past it into an aligned buffer: at the speed of the disk, for a tenth of the processor time.
+//      past it into an aligned buffer: at the speed of the disk, for a tenth of the processor time. One that is shared
+//      goes through the page cache: processes that begin at different places read it from the disk once.
 //   4. A chunk has its checksum, or none of its bytes goes any further. Then its boxes are copied out of it.
 // An error is a value and stops all threads, unless all errors are asked for; then a window that cannot be read is
 // tried again chunk by chunk, so that one bad sector is not the end of its neighbours.
@@ -67,6 +68,15 @@ public:
     bool is_open() const { return number_ >= 0; }
     int number() const { return number_; }
     int code() const { return code_; }
+
+    // Tells the system what is read next: all of it is asked of the disk at once, and not readahead by readahead.
+    void expect(std::uint64_t offset, std::uint64_t num_bytes) const {
+#ifdef POSIX_FADV_WILLNEED
+        ::posix_fadvise(number_, static_cast<off_t>(offset), static_cast<off_t>(num_bytes), POSIX_FADV_WILLNEED);
+#else
+        static_cast<void>(offset), static_cast<void>(num_bytes);
+#endif
+    }
 
     // As pread(2), but never interrupted.
     ssize_t read(std::byte* to, std::uint64_t num_bytes, std::uint64_t offset) const {
@@ -154,12 +164,14 @@ public:
 
     // Reads the bytes from `begin` to `end`. `buffer` is aligned and has room for all aligned blocks that they touch:
     // its first byte is that of the block in which `begin` lies.
-    Outcome read(std::uint64_t begin, std::uint64_t end, std::byte* buffer) const {
+    Outcome read(std::uint64_t begin, std::uint64_t end, bool shared, std::byte* buffer) const {
         if (!buffered_.is_open()) return {0, buffered_.code(), false};
         const std::uint64_t block = block_of(begin);
         std::uint64_t position = begin;
         const bool cached = residency_ && residency_->has(begin, end);
-        if (!cached && direct_ && direct_->is_open()) {
+        if (!cached && shared) {
+            buffered_.expect(begin, end - begin);
+        } else if (!cached && direct_ && direct_->is_open()) {
             const auto [num_bytes, code] = read_direct(block, round_up(end) - block, buffer);
             position = std::clamp(block + num_bytes, begin, end);
             if (code != 0) return {position - begin, code, false};
@@ -214,9 +226,14 @@ struct Window {
     std::uint64_t begin = 0;  // in the file
     std::uint64_t end = 0;
     std::vector<Chunk> chunks;
+
+    bool is_shared() const {
+        return std::ranges::any_of(chunks, [](const Chunk& chunk) { return chunk.wanted->piece->shared; });
+    }
 };
 
-std::vector<Wanted> sort_by_place(std::span<const Piece> pieces) {
+// In the order of the files, beginning at `start`, a part of all.
+std::vector<Wanted> sort_by_place(std::span<const Piece> pieces, double start) {
     std::vector<Wanted> sorted;
     sorted.reserve(pieces.size());
     for (const Piece& piece : pieces) {
@@ -229,6 +246,8 @@ std::vector<Wanted> sort_by_place(std::span<const Piece> pieces) {
     }
     const auto place = [](const Wanted& wanted) { return std::pair(wanted.piece->file, wanted.piece->begin); };
     std::ranges::stable_sort(sorted, {}, place);
+    const auto first = static_cast<std::ptrdiff_t>(start * static_cast<double>(sorted.size()));
+    std::ranges::rotate(sorted, sorted.begin() + first);
     return sorted;
 }
 
@@ -237,7 +256,7 @@ std::vector<Wanted> sort_by_place(std::span<const Piece> pieces) {
 class Windows {
 public:
     Windows(std::span<const std::string> files, std::span<const Piece> pieces, const ReadOptions& options)
-        : files_(files), options_(options), wanted_(sort_by_place(pieces)) {}
+        : files_(files), options_(options), wanted_(sort_by_place(pieces, options.start)) {}
 
     // Puts the next window into `window`; false when there are no more. Called by any thread.
     bool take(Window& window) {
@@ -356,7 +375,7 @@ public:
 
 private:
     void read(const Window& window, std::byte* buffer) {
-        const Outcome outcome = window.file->read(window.begin, window.end, buffer);
+        const Outcome outcome = window.file->read(window.begin, window.end, window.is_shared(), buffer);
         num_bytes_ += outcome.num_bytes;
         if (outcome.cached) cached_bytes_ += outcome.num_bytes;
         if (outcome.num_bytes < window.end - window.begin) {
@@ -445,7 +464,7 @@ std::string_view find_flaw(const Piece& piece, std::size_t num_files, std::uint6
 }
 
 ReadResult read_pieces(std::span<const std::string> files, std::span<const Piece> pieces, const ReadOptions& options) {
-    assert(options.chunk_bytes > 0 && options.window_bytes > 0);
+    assert(options.chunk_bytes > 0 && options.window_bytes > 0 && options.start >= 0 && options.start < 1);
     assert(std::ranges::all_of(pieces, [&](const Piece& piece) {
         return find_flaw(piece, files.size(), options.chunk_bytes).empty();
     }));

@@ -29,6 +29,7 @@ struct Piece {
     std::size_t item_bytes = 1;
     std::vector<std::int64_t> shape;
     std::vector<Target> targets;  // no two of them, nor of two pieces, may share bytes at their destinations
+    bool shared = false;  // other processes want it now, too: through the page cache, so that the disk reads it once
 };
 
 struct ReadOptions {
@@ -37,6 +38,7 @@ struct ReadOptions {
     std::uint64_t gap_bytes = 128 << 10;   // unwanted bytes that are read through rather than skipped
     unsigned num_threads = 0;              // 0: as many as there are processors, but 2 to 4
     bool direct = true;                    // past the page cache, where the file system can and it holds nothing
+    double start = 0;  // with what part of the pieces to begin, from 0 to 1, and go round: those who share, each elsewhere
     bool stop_at_first_error = true;
     std::function<bool()> interrupted;  // asked by the calling thread every now and then; true: read no further
 };

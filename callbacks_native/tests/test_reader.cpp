@@ -175,6 +175,45 @@ TEST(what_is_in_the_page_cache_is_taken_from_there) {
     }
 }
 
+TEST(what_is_shared_stays_in_the_page_cache_for_the_others) {
+    const Bytes content = random_bytes(3 << 20);
+    const TemporaryFile file(content);
+    if (!file.is_on_a_disk()) return;
+    Piece piece = make_piece(content, 5, content.size() - 10);
+    piece.shared = true;
+    Bytes destination;
+    want_all(piece, destination);
+    ReadOptions options = small_options();
+    options.window_bytes = 1 << 20;
+    if (!file.put_out_of_the_page_cache()) return;
+    CHECK(read_pieces({{file.path()}}, {{piece}}, options).errors.empty());
+    CHECK(has(destination, content, 5));
+    CHECK_EQUAL(read_pieces({{file.path()}}, {{piece}}, options).cached_bytes, piece.num_bytes);
+}
+
+TEST(reading_begins_with_the_part_that_was_asked_for_and_goes_round) {
+    const Bytes content = random_bytes(40'000);
+    const TemporaryFile file(content);
+    std::vector<Piece> pieces;
+    std::vector<Bytes> destinations(4);
+    for (std::size_t i = 0; i < 4; ++i) {
+        pieces.push_back(make_piece(content, i * 10'000, 10'000));
+        want_all(pieces[i], destinations[i]);
+    }
+    std::ranges::reverse(pieces);  // their places count, not this order
+    file.flip_bit(1'500);          // in the second chunk of the first
+    ReadOptions options = small_options();
+    options.num_threads = 1;
+    for (const std::size_t first : {0u, 1u, 3u}) {
+        for (Bytes& destination : destinations) std::ranges::fill(destination, std::byte{0});
+        options.start = static_cast<double>(first) / 4;
+        CHECK_EQUAL(read_pieces({{file.path()}}, pieces, options).errors.size(), 1u);
+        for (std::size_t i = 1; i < 4; ++i) {  // all from there to the end of the file came before the damage
+            CHECK_EQUAL(has(destinations[i], content, i * 10'000), first != 0 && i >= first);
+        }
+    }
+}
+
 TEST(files_on_tmpfs_are_read) {
     if (!std::filesystem::is_directory("/dev/shm")) return;
     const Bytes content = random_bytes(50'021);

@@ -94,7 +94,7 @@ class LocalTensor:
             it may be non-contiguous, of dimension 0 or without elements.
         global_shape: the shape of the global tensor.
         pieces: what of the global tensor lies here; together they cover the local tensor exactly.
-        owners: the ranks that hold exactly these pieces. One of them writes them. Loading ignores this.
+        owners: the ranks that hold exactly these pieces. One of them writes them; all are expected to load them.
         lazy: it changes in optimizer steps alone, so that an asynchronous save may copy it at any time before the next one.
 
     Raises:

@@ -4,16 +4,22 @@
 2. Intersect the boxes that are wanted with the boxes that are stored; nothing is known or asked of the old layout.
 3. Hand those boxes, with the memory that they go to, to the native reader, which reads the chunks in which wanted bytes
    lie, checks their sums and copies. What it cannot write to itself is copied from a staging buffer that it fills.
+
+Chunks of which other ranks want bytes as well go through the page cache, and each process begins with another part of the
+files: the ranks of a node together read them from the disk once.
 """
 
 from __future__ import annotations
 
+import math
 import os
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from kenotron.callbacks_native import PieceToRead, ReadError, read_pieces
 from kenotron.checkpoint.boxes import Box, find_flaw, intersect, whole
@@ -38,6 +44,7 @@ Source = str | os.PathLike[str] | Manifest
 _STAGING_BYTES = 256 << 20
 #: Where parts begin in the staging buffer: at a multiple of any item's size.
 _STAGING_ALIGNMENT = 64
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 _MERGE = "Load on the layout that saved it, or bring the parts together: kenotron checkpoint merge OUT PART..."
 
 
@@ -46,7 +53,7 @@ def load_into(source: Source, tensors: Sequence[LocalTensor], *, strict: bool = 
 
     Args:
         source: the checkpoint's path, or its manifest.
-        tensors: what to fill, on any device; ``owners`` is ignored.
+        tensors: what to fill, on any device; ``owners`` only tells what other ranks load, too.
         strict: raise when a tensor is not in the checkpoint, instead of leaving it as it is.
         cast: convert to another dtype where that of the checkpoint differs.
 
@@ -140,7 +147,8 @@ def _load_whole(manifest: Manifest, names: Iterable[str]) -> dict[str, torch.Ten
     _check_here(manifest, ((name, whole(tensor.shape)) for name, tensor in stored.items()))
     # A model under construction may have another default device.
     tensors = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu") for name, tensor in stored.items()}
-    load_into(manifest, [LocalTensor.whole(name, tensor) for name, tensor in tensors.items()])
+    everybody = tuple(range(dist.get_world_size() if dist.is_initialized() else 1))
+    load_into(manifest, [LocalTensor.whole(name, tensor, everybody) for name, tensor in tensors.items()])
     return tensors
 
 
@@ -206,6 +214,7 @@ class _Part:
         piece: what is stored.
         box: what is wanted of it, with offsets in the piece.
         target: a view of the local tensor, of the box's shape.
+        shared: other ranks are about to read the same bytes.
     """
 
     name: str
@@ -213,6 +222,7 @@ class _Part:
     piece: StoredPiece
     box: Box
     target: torch.Tensor
+    shared: bool
 
 
 def _plan(manifest: Manifest, tensor: LocalTensor) -> Iterator[_Part]:
@@ -226,13 +236,24 @@ def _plan(manifest: Manifest, tensor: LocalTensor) -> Iterator[_Part]:
                 local + at - offset for local, at, offset in zip(wanted.local, common.offset, wanted.offset, strict=True)
             )
             there = tuple(at - offset for at, offset in zip(common.offset, piece.offset, strict=True))
+            owners = tensor.owners if wanted.owners is None else wanted.owners
             yield _Part(
                 name=tensor.name,
                 dtype=stored.dtype,
                 piece=piece,
                 box=Box(there, common.shape),
                 target=box_of(tensor.tensor, Box(here, common.shape)),
+                shared=len(owners) > 1 or _is_strewn(common.shape, piece.shape),
             )
+
+
+def _is_strewn(shape: Sequence[int], piece_shape: Sequence[int]) -> bool:
+    """Return whether much of what lies between a box's first and last byte is not its own: others will want that."""
+    span, stride = 1, 1
+    for extent, whole_extent in zip(reversed(shape), reversed(piece_shape), strict=True):
+        span += (extent - 1) * stride
+        stride *= whole_extent
+    return 4 * math.prod(shape) <= 3 * span
 
 
 def _fill(manifest: Manifest, parts: Iterable[_Part]) -> None:
@@ -256,27 +277,32 @@ def _read(manifest: Manifest, parts: Sequence[_Part]) -> None:
     files = {file: index for index, file in enumerate(dict.fromkeys(part.piece.file for part in parts))}
     for file in files:
         check_file_size(manifest.path / file, manifest.files[file])
-    pieces: dict[tuple[str, int], PieceToRead] = {}  # of two boxes of one piece each chunk is still read once
-    names = []
+    by_piece: defaultdict[tuple[str, int], list[_Part]] = defaultdict(list)  # of two boxes each chunk is still read once
     for part in parts:
-        key = (part.piece.file, part.piece.begin)
-        if key not in pieces:
-            pieces[key] = piece_to_read(part.piece, part.dtype.itemsize, files[part.piece.file])
-            names.append(part.name)
-        strides = [stride * part.dtype.itemsize for stride in part.target.stride()]
-        pieces[key].add_target(offset=part.box.offset, shape=part.box.shape, address=part.target.data_ptr(), strides=strides)
-    result = read_pieces([manifest.path / file for file in files], list(pieces.values()), chunk_bytes=CHUNK_BYTES)
+        by_piece[part.piece.file, part.piece.begin].append(part)
+    wanted = list(by_piece.values())
+    pieces = []
+    for boxes in wanted:
+        stored, item_bytes = boxes[0].piece, boxes[0].dtype.itemsize
+        piece = piece_to_read(stored, item_bytes, files[stored.file], shared=any(part.shared for part in boxes))
+        for part in boxes:
+            strides = [stride * part.dtype.itemsize for stride in part.target.stride()]
+            piece.add_target(offset=part.box.offset, shape=part.box.shape, address=part.target.data_ptr(), strides=strides)
+        pieces.append(piece)
+    start = os.getpid() * _GOLDEN_RATIO % 1  # far apart, however the ranks' processes are numbered
+    result = read_pieces([manifest.path / file for file in files], pieces, chunk_bytes=CHUNK_BYTES, start=start)
     for error in result.errors:
-        raise exception_of(error, names[error.piece])
+        raise exception_of(error, wanted[error.piece][0].name)
 
 
-def piece_to_read(piece: StoredPiece, item_bytes: int, file: int) -> PieceToRead:
+def piece_to_read(piece: StoredPiece, item_bytes: int, file: int, *, shared: bool = False) -> PieceToRead:
     """Return a stored piece as the native reader takes it, with nothing wanted of it yet.
 
     Args:
         piece: what is stored.
         item_bytes: the size of an element.
         file: the index of its file among those that are read.
+        shared: other processes read it as well.
     """
     return PieceToRead(
         file=file,
@@ -285,6 +311,7 @@ def piece_to_read(piece: StoredPiece, item_bytes: int, file: int) -> PieceToRead
         checksums=piece.crc32c,
         item_bytes=item_bytes,
         shape=piece.shape,
+        shared=shared,
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from checkpoint_helpers import SaveOnRanks, flip_bit, forge, holding, rows, tiles, whole
 
-from kenotron.callbacks_native import crc32c
+from kenotron.callbacks_native import PieceToRead, crc32c
 from kenotron.checkpoint import (
     CheckpointError,
     ChecksumError,
@@ -41,6 +41,7 @@ from kenotron.checkpoint import (
 )
 from kenotron.checkpoint.boxes import Box
 from kenotron.checkpoint.format import DTYPES, bytes_of, unpublished
+from kenotron.checkpoint.load import piece_to_read
 
 FULL = torch.arange(40.0).reshape(10, 4)
 SHARD = "shard-00001-of-00001.safetensors"
@@ -184,6 +185,36 @@ def test_shards_of_columns_load_on_more_and_on_fewer_ranks(tmp_path: Path, save_
             given = blank(wanted)
             load_into(tmp_path / "a", [given])
             assert torch.equal(given.tensor, wanted.tensor)
+
+
+@pytest.mark.parametrize(
+    ("box", "owners", "is_shared"),
+    [
+        (Box((0, 0), (10, 4)), (0,), False),
+        (Box((0, 0), (10, 4)), (0, 1), True),  # replicas
+        (Box((3, 0), (4, 4)), (0,), False),  # rows
+        (Box((0, 1), (10, 1)), (0,), True),  # a column: its chunks are those of all others
+        (Box((0, 0), (10, 2)), (0,), True),
+        (Box((5, 1), (1, 2)), (0,), False),  # part of a single row
+    ],
+)  # fmt: skip
+def test_what_other_ranks_read_too_is_read_by_way_of_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, box: Box, owners: tuple[int, ...], is_shared: bool
+) -> None:
+    save_alone(tmp_path / "a", whole("w", FULL))
+    found: list[bool] = []
+
+    def spy(*args: Any, shared: bool) -> PieceToRead:
+        found.append(shared)
+        return piece_to_read(*args, shared=shared)
+
+    monkeypatch.setattr("kenotron.checkpoint.load.piece_to_read", spy)
+    piece = Piece(local=(0, 0), offset=box.offset, shape=box.shape)
+    given = LocalTensor(name="w", tensor=torch.zeros(box.shape), global_shape=(10, 4), pieces=(piece,), owners=owners)
+    load_into(tmp_path / "a", [given])
+    assert found == [is_shared]
+    rows, columns = (slice(at, at + extent) for at, extent in zip(box.offset, box.shape, strict=True))
+    assert torch.equal(given.tensor, FULL[rows, columns])
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES.keys())
