@@ -11,15 +11,15 @@ A document is one sequence, or several.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
 from kenotron.data.errors import CorpusFileMissingError, CorpusHeaderError, CorpusIndexError, CorpusSizeError
 from kenotron.data.mapped import MappedArray
-from kenotron.data.nanoset import as_ids
-from kenotron.data.publish import NewFile, publish
+from kenotron.data.publish import NewFile
+from kenotron.data.writing import DocumentWriter
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -177,7 +177,7 @@ def _read_header(index: Path) -> tuple[np.dtype, int, int]:
 # ---- Writing --------------------------------------------------------------------------------------------------------
 
 
-class MegatronWriter:
+class MegatronWriter(DocumentWriter):
     """Writes a ``.bin`` and its ``.idx``, document by document, one sequence each (more where it has 2^31 tokens).
 
     Nothing stands under the final names before ``close``: the index and then the tokens are renamed when both are on the disk.
@@ -191,86 +191,52 @@ class MegatronWriter:
     """
 
     def __init__(self, path: str | Path, *, dtype: str | np.dtype) -> None:
-        self._dtype = np.dtype(dtype).newbyteorder("<")
-        if self._dtype not in _CODES:
+        ids = np.dtype(dtype).newbyteorder("<")
+        if ids not in _CODES:
             allowed = ", ".join(np.dtype(name).name for name in _INTEGERS.values())
-            raise ValueError(f"dtype={dtype!s} is none that Megatron's format has for integers. Set it to one of {allowed}.")
+            raise ValueError(f"dtype={ids!s} is none that Megatron's format has for integers. Set it to one of {allowed}.")
         prefix = Path(path)
         if prefix.suffix in (".bin", ".idx"):
             prefix = prefix.with_suffix("")
-        self.path = Path(f"{prefix}.bin")
-        self.num_tokens = self.num_documents = self._num_sequences = 0
-        self._index, self._tokens = self._files = NewFile.several([Path(f"{prefix}.idx"), self.path])
+        super().__init__([Path(f"{prefix}.idx"), Path(f"{prefix}.bin")], ids)
+        self._num_sequences = 0
         # The header of the index counts what comes after it: lengths and documents wait in files of their own.
         self._lengths, self._documents = self._waiting = NewFile.several(
             [Path(f"{prefix}.idx.lengths"), Path(f"{prefix}.idx.documents")]
         )
         self._documents.write(np.zeros(1, "<i8"))
 
-    def write(self, tokens: Sequence[int] | np.ndarray) -> None:
-        """Append a document."""
-        self.write_documents(tokens, [len(tokens)])
-
-    def write_documents(self, tokens: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-        """Append documents.
-
-        Args:
-            tokens: of all of them, one after the other. lengths: of each, in tokens.
-
-        Raises:
-            ValueError: an id does not fit, or the lengths don't sum up to the number of tokens.
-        """
-        ids, counts = as_ids(tokens, self._dtype), np.asarray(lengths, dtype=np.int64)
-        if int(counts.sum()) != len(ids):
-            raise ValueError(f"lengths sum up to {counts.sum()}, and there are {len(ids)} tokens")
-        self._tokens.write(ids)
-        sequences = np.maximum(-(-counts // _LONGEST), 1)
-        if len(counts) and int(counts.max()) > _LONGEST:
-            lengths = np.full(int(sequences.sum()), _LONGEST, "<i4")
-            lengths[np.cumsum(sequences) - 1] = counts - (sequences - 1) * _LONGEST
-            self._lengths.write(lengths)
+    def _index(self, lengths: np.ndarray) -> None:
+        sequences = np.maximum(-(-lengths // _LONGEST), 1)
+        if len(lengths) and int(lengths.max()) > _LONGEST:
+            of_sequences = np.full(int(sequences.sum()), _LONGEST, "<i4")
+            of_sequences[np.cumsum(sequences) - 1] = lengths - (sequences - 1) * _LONGEST
+            self._lengths.write(of_sequences)
         else:
-            self._lengths.write(counts.astype("<i4"))
+            self._lengths.write(lengths.astype("<i4"))
         self._documents.write((self._num_sequences + np.cumsum(sequences)).astype("<i8"))
-        self.num_tokens += len(ids)
-        self.num_documents += len(counts)
         self._num_sequences += int(sequences.sum())
 
-    def close(self) -> None:
-        """Publish the files; calling it again does nothing."""
-        if not self._files:
-            return
-        code = _CODES[self._dtype]
-        self._index.write(_HEADER.pack(_MAGIC, 1, code, self._num_sequences, self.num_documents + 1))
+    def _finish(self) -> None:
+        index, code = self._files[0], _CODES[self._dtype]
+        index.write(_HEADER.pack(_MAGIC, 1, code, self._num_sequences, self.num_documents + 1))
         for chunk in _chunks(self._lengths):
-            self._index.write(chunk)
+            index.write(chunk)
         begin = 0
         for chunk in _chunks(self._lengths):
             sizes = np.frombuffer(chunk, "<i4").astype(np.int64) * self._dtype.itemsize
             ends = begin + np.cumsum(sizes)
-            self._index.write((ends - sizes).astype("<i8"))
+            index.write((ends - sizes).astype("<i8"))
             begin = int(ends[-1])
         for chunk in _chunks(self._documents):
-            self._index.write(chunk)
-        publish(self._files)
-        self._files = []
-        self.abort()
+            index.write(chunk)
 
     def abort(self) -> None:
         """Remove what was written and not published."""
-        for file in (*self._files, *self._waiting):
+        super().abort()
+        for file in self._waiting:
             file.remove()
-        self._files, self._waiting = [], []
-
-    def __enter__(self) -> MegatronWriter:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self.close()
-        finally:
-            self.abort()
+        self._waiting = []
 
 
 def _chunks(waiting: NewFile) -> Iterator[bytes]:

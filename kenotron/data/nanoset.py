@@ -14,7 +14,6 @@ from __future__ import annotations
 import os
 import re
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +21,7 @@ import numpy as np
 
 from kenotron.data.errors import CorpusFileMissingError, CorpusIndexError, CorpusMetadataError, CorpusSizeError
 from kenotron.data.mapped import MappedArray
-from kenotron.data.publish import NewFile, publish
+from kenotron.data.writing import DocumentWriter
 
 _ENDS = np.dtype("<u8")
 _TOKENS: dict[int, np.dtype] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
@@ -215,7 +214,7 @@ def _width(
 # ---- Writing --------------------------------------------------------------------------------------------------------
 
 
-class NanosetWriter:
+class NanosetWriter(DocumentWriter):
     """Writes a ``.ds`` file, its index and its metadata, document by document.
 
     Nothing stands under the final names before ``close``: the metadata, the index and then the tokens are renamed when all
@@ -229,77 +228,22 @@ class NanosetWriter:
     """
 
     def __init__(self, path: str | Path, *, token_size: int, tokenizer: str = "") -> None:
-        self.path = Path(path)
+        path = Path(path)
         if token_size not in _TOKENS:
             raise ValueError(f"token_size={token_size!r}: set it to 2 or to 4.")
-        if self.path.suffix != ".ds":
-            raise ValueError(f"{self.path}: the name of a Nanoset file ends in .ds")
+        if path.suffix != ".ds":
+            raise ValueError(f"{path}: the name of a Nanoset file ends in .ds")
         if "\n" in tokenizer:
             raise ValueError(f"tokenizer={tokenizer!r}: its name must be one line")
-        self.num_tokens = self.num_documents = 0
-        self._dtype, self._tokenizer = _TOKENS[token_size], tokenizer
-        names = [self.path.with_name(self.path.name + suffix) for suffix in (".metadata", ".index", "")]
-        self._metadata, self._index, self._tokens = self._files = NewFile.several(names)
+        self._tokenizer = tokenizer
+        super().__init__([path.with_name(path.name + suffix) for suffix in (".metadata", ".index", "")], _TOKENS[token_size])
 
-    def write(self, tokens: Sequence[int] | np.ndarray) -> None:
-        """Append a document."""
-        self.write_documents(tokens, [len(tokens)])
+    def _index(self, lengths: np.ndarray) -> None:
+        self._files[1].write((np.cumsum(lengths) + self.num_tokens).astype(_ENDS))
 
-    def write_documents(self, tokens: Sequence[int] | np.ndarray, lengths: Sequence[int] | np.ndarray) -> None:
-        """Append documents.
-
-        Args:
-            tokens: of all of them, one after the other. lengths: of each, in tokens.
-
-        Raises:
-            ValueError: an id does not fit, or the lengths don't sum up to the number of tokens.
-        """
-        ids, ends = as_ids(tokens, self._dtype), np.cumsum(np.asarray(lengths, dtype=np.int64))
-        if (int(ends[-1]) if len(ends) else 0) != len(ids):
-            raise ValueError(f"lengths sum up to {ends[-1] if len(ends) else 0}, and there are {len(ids)} tokens")
-        self._tokens.write(ids)
-        self._index.write((ends + self.num_tokens).astype(_ENDS))
-        self.num_tokens += len(ids)
-        self.num_documents += len(ends)
-
-    def close(self) -> None:
-        """Publish the files; calling it again does nothing."""
-        if not self._files:
-            return
+    def _finish(self) -> None:
         lines = (f"{self._tokenizer}|{self._dtype.itemsize}", str(self.num_tokens), _for_people(self.num_tokens))
-        self._metadata.write("\n".join(lines).encode())
-        publish(self._files)
-        self._files = []
-
-    def abort(self) -> None:
-        """Remove what was written."""
-        for file in self._files:
-            file.remove()
-        self._files = []
-
-    def __enter__(self) -> NanosetWriter:
-        return self
-
-    def __exit__(self, kind: object, *_: object) -> None:
-        try:
-            if kind is None:
-                self.close()
-        finally:
-            self.abort()
-
-
-def as_ids(tokens: Sequence[int] | np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return token ids as ``dtype``; ``ValueError`` names the first one that does not fit."""
-    ids = np.asarray(tokens)
-    if ids.dtype == dtype and dtype.kind == "u":
-        return ids
-    if ids.size and ids.dtype.kind not in "iu":
-        raise ValueError(f"Token ids are integers, and these are {ids.dtype}.")
-    limits = np.iinfo(dtype)
-    if ids.size and (int(ids.min()) < max(0, limits.min) or int(ids.max()) > limits.max):
-        wrong = next(int(token) for token in ids if not 0 <= int(token) <= limits.max)
-        raise ValueError(f"Token id {wrong} does not fit into {dtype.itemsize} bytes (0 to {limits.max}).")
-    return ids.astype(dtype)
+        self._files[0].write("\n".join(lines).encode())
 
 
 def _for_people(count: int) -> str:
