@@ -7,7 +7,7 @@ held-out files differ by at most 0.5 % at the end.
 
     python bench/convergence.py [--quick] [--json FILE] [--picture FILE] [--data FOLDER]
 
-An hour on two cores; --quick ends after 20 steps.
+Half an hour on two idle cores; --quick ends after 20 steps.
 """
 
 from __future__ import annotations
