@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from kenotron.layout import ParallelLayout
-from kenotron.parallel import expert, init, overlap, pipeline, stages, tensor
+from kenotron.parallel import expert, init, overlap, pipeline, sequence, stages, tensor
 from kenotron.parallel._torch import flatten
 from kenotron.parallel.context import ContextKind, ContextParallel
 from kenotron.parallel.cut import Cut
@@ -299,15 +299,15 @@ def _tensor_parallel(
     tp = tensor.TensorParallel(
         group=group, rank=mesh["tp"].get_local_rank(), size=tp_size, shards=done.shards, device=request.device
     )
-    regions: dict[str, tensor.SequenceRegions] = {}
+    regions: dict[str, sequence.SequenceRegions] = {}
     runs: list[list[str]] = []
     if request.sequence_parallel:
         assert blocks is not None
         names = [f"{blocks}.{key}" for key, _ in root.get_submodule(blocks).named_children()]
         runs = [done.cut.blocks_of(stage) for stage in done.cut.local_stages] if done.cut else [names]
-        regions = {name: tensor.sequence_regions(root.get_submodule(name), name, styles) for run in runs for name in run}
+        regions = {name: sequence.regions_of(root.get_submodule(name), name, styles) for run in runs for name in run}
     tp.apply(root, styles, itertools.chain.from_iterable(found.split for found in regions.values()))
-    tensor.apply_sequence_parallel(root, regions, runs, tp)
+    sequence.apply_sequence_parallel(root, regions, runs, tp)
     done.shards.use_canonical_names(done.aliases)
     return _groups_of_shared_heads(done.shards, mesh)
 

@@ -21,12 +21,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter
 
-from kenotron.parallel import tensor as tensor_parallel
+from kenotron.parallel import sequence
 from kenotron.parallel._torch import FakeTensorMode, SilentGroup
 from kenotron.parallel.expert import call_of, check_experts, find_experts
 from kenotron.parallel.plan import ParallelPlan, transformers_models
 from kenotron.parallel.recompute import Recompute
 from kenotron.parallel.shards import Shards
+from kenotron.parallel.tensor import TensorParallel
 from kenotron.planning.meter import Meter, Tally
 from kenotron.planning.model import ModelSpec, Skipped
 
@@ -272,12 +273,12 @@ def _cut(root: nn.Module, model: ModelSpec, cut: Cut, blocks: list[str], meter: 
     styles = _resolve(model, root)
     group: Any = SilentGroup(cut.tp, meter.tell)
     shards = Shards(tp=cut.tp)
-    split = tensor_parallel.TensorParallel(group=group, rank=0, size=cut.tp, shards=shards, device=torch.device("cpu"))
+    split = TensorParallel(group=group, rank=0, size=cut.tp, shards=shards, device=torch.device("cpu"))
     regions: dict[str, Any] = {}
     if cut.sequence_parallel:
-        regions = {name: tensor_parallel.sequence_regions(root.get_submodule(name), name, styles) for name in blocks}
+        regions = {name: sequence.regions_of(root.get_submodule(name), name, styles) for name in blocks}
     split.apply(root, styles, [name for found in regions.values() for name in found.split])
-    tensor_parallel.apply_sequence_parallel(root, regions, [blocks] if regions else [], split)
+    sequence.apply_sequence_parallel(root, regions, [blocks] if regions else [], split)
 
 
 def _resolve(model: ModelSpec, root: nn.Module) -> dict[str, str]:
