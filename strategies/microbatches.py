@@ -48,7 +48,8 @@ def _parts(value: Any) -> list[Any]:
 def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
     """Return one batch of the same structure per entry of ``sizes``.
 
-    Tensors whose first dimension is the batch, and lists of as many plain values, are cut; everything else is shared.
+    Tensors whose first dimension is the batch are cut, and lists of as many samples: plain values, dicts, tensors of other
+    sizes. Everything else is shared.
     """
     total, start, found = sum(sizes), 0, []
     for size in sizes:
@@ -64,7 +65,7 @@ def _slice(value: Any, total: int, start: int, stop: int) -> Any:
         parts = {key: _slice(part, total, start, stop) for key, part in value.items()}
         return parts if type(value) is dict else type(value)(parts)  # type: ignore[call-arg]
     if isinstance(value, list | tuple):
-        if len(value) == total and not any(isinstance(part, Tensor | Mapping | list | tuple) for part in value):
+        if _is_of_samples(value, total):
             return value[start:stop]
         parts_list = [_slice(part, total, start, stop) for part in value]
         return type(value)(*parts_list) if hasattr(value, "_fields") else type(value)(parts_list)
@@ -72,6 +73,32 @@ def _slice(value: Any, total: int, start: int, stop: int) -> Any:
         names = [field.name for field in dataclasses.fields(value)]
         return dataclasses.replace(value, **{name: _slice(getattr(value, name), total, start, stop) for name in names})
     return value
+
+
+def _is_of_samples(value: list[Any] | tuple[Any, ...], total: int) -> bool:
+    """Return whether a list has an entry for each sample, rather than parts of which each is a batch."""
+    if len(value) != total or hasattr(value, "_fields"):
+        return False
+    if not any(isinstance(part, Tensor | Mapping | list | tuple) for part in value):
+        return True
+    if not isinstance(value, list):
+        return False
+    sizes = [tuple(_first_sizes(part)) for part in value]
+    ragged = all(isinstance(part, Mapping) for part in value) and len(set(sizes)) > 1
+    return ragged or not any(total in part for part in sizes)
+
+
+def _first_sizes(value: Any) -> Iterator[int]:
+    """Yield the sizes of the first dimensions of all tensors, and of lists of plain values, in a part of a batch."""
+    if isinstance(value, Tensor):
+        if value.ndim:
+            yield value.shape[0]
+        return
+    parts = _parts(value)
+    if isinstance(value, list | tuple) and not any(_parts(part) or isinstance(part, Tensor) for part in parts):
+        yield len(parts)
+    for part in parts:
+        yield from _first_sizes(part)
 
 
 def shape_key(value: Any) -> Any:

@@ -89,7 +89,7 @@ class PipelineSteps:
                 return step(microbatches[index], *rest)
 
         keys = [("train", shape_key(microbatch)) for microbatch in microbatches]
-        self.pipeline.train_step(keys, run, probe)
+        self.pipeline.train_step(keys, run, probe, microbatches.__getitem__)
         mean = merged = None
         if self.pipeline.is_last:
             mean = self._tokens.mean([loss for loss in losses if loss is not None], weights)

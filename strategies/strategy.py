@@ -311,6 +311,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         )
         fitting = trainer.state.fn == self.names.TrainerFn.FITTING
         if fitting:
+            self._check_callbacks(trainer)
             self._check_checkpoint_paths(trainer)
             self._prepare_checkpoints(trainer)
             self.setup_optimizers(trainer)
@@ -353,6 +354,19 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         if self._offload_optimizer:
             sizes = self._done.sizes_alike()
             self._offloaded = [HostState(each, sizes) for each in self.optimizers]
+
+    def _check_callbacks(self, trainer: Any) -> None:
+        """Refuse those that copy the module before it is cut, and meet the parts later."""
+        assert self._done is not None
+        if self._done.sharded is None and self.layout.tp == self.layout.pp == self.layout.ep == 1:
+            return
+        for callback in trainer.callbacks:
+            kinds = {kind.__name__ for kind in type(callback).__mro__}
+            if kinds & {"StochasticWeightAveraging", "WeightAveraging"}:
+                raise ValueError(
+                    f"{type(callback).__name__} averages whole modules, and here every rank has parts of the parameters. Set "
+                    "zero_stage=0 (strategy='kenotron_ddp'), or average in a callback of your own, over pl_module.parameters()."
+                )
 
     def _check_checkpoint_paths(self, trainer: Any) -> None:
         """Refuse here what would otherwise be refused at the end of the first epoch."""

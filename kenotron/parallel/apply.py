@@ -432,11 +432,13 @@ def _fully_shard(
     shard = flatten(mesh, "dp_shard", "cp", name="dp_shard_cp")
     fsdp_mesh = mesh["dp_replicate", "dp_shard_cp"] if layout.dp_replicate > 1 else shard
     layers = layers_to_shard(root, blocks, request.manual_optimization)
-    loose = [name for name, p in root.named_parameters(recurse=False) if p not in ignored]
+    inside = {p for layer in layers for p in layer.parameters()}
+    loose = [name for name, p in root.named_parameters() if p not in ignored and p not in inside]
     if request.manual_optimization and loose:
         raise ValueError(
-            f"zero_stage={layout.zero_stage} with manual optimization can't shard parameters of the LightningModule itself "
-            f"({', '.join(loose)}). Move them into a child module, or set zero_stage=0 (strategy='kenotron_ddp')."
+            f"zero_stage={layout.zero_stage} with manual optimization can't shard parameters of the LightningModule itself, or "
+            f"of a list or dict in it ({', '.join(loose)}). Move them into a child module with a forward, or set zero_stage=0 "
+            "(strategy='kenotron_ddp')."
         )
     tied = _tied_across(layers, root)
     experts, over = [], None

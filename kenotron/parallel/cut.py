@@ -9,6 +9,10 @@ Every stage keeps the whole module tree: names, attributes and ``isinstance`` ne
    rest of the step, the head and the loss run on the last stage alone.
 4. A unit of a later stage can't be reached.
 
+Nothing but the output of a stage's last unit travels. A step that carries more past it (a residual connection around the
+blocks) would go on with a placeholder's zeros; the first flight of each shape therefore has NaN for them, which no own unit
+may get.
+
 The cut is at the *output* of a unit, outside of ``__call__`` and so outside of every hook, compiled graph and
 recompute wrapper on it. While a recomputed block runs again in the backward pass no microbatch flies, and units just run.
 """
@@ -71,6 +75,7 @@ class Flight:
         stage: the stage that it flies through.
         received: what the stage before sent, as its last unit returned it; ``None`` on the first stage.
         on_enter: called once, before the first own unit runs (the random streams change there).
+        is_trial: find out whether a placeholder's numbers come to own units; it ends before the last of all blocks.
         with_grad: whether gradients are recorded where the flight starts.
     """
 
@@ -78,6 +83,7 @@ class Flight:
     received: Any = None
     on_enter: Callable[[], None] | None = None
     with_grad: bool = field(default_factory=torch.is_grad_enabled)
+    is_trial: bool = False
     taken: bool = False
     _called: set[str] = field(default_factory=set)
     _placeholders: dict[bool, Any] = field(default_factory=dict)
@@ -106,15 +112,35 @@ class Flight:
         if like_block not in self._placeholders:
             leaves, spec = tree_flatten(self.received)
             # New memory: code that changes a placeholder in place must not reach the received activation.
-            zeros = [torch.zeros_like(leaf, requires_grad=False) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-            first = next(leaf for leaf in zeros if isinstance(leaf, Tensor))
-            self._placeholders[like_block] = tree_unflatten(zeros, spec) if like_block else first
+            filled = [self._filled(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+            first = next(leaf for leaf in filled if isinstance(leaf, Tensor))
+            self._placeholders[like_block] = tree_unflatten(filled, spec) if like_block else first
         return self._placeholders[like_block]
+
+    def _filled(self, like: Tensor) -> Tensor:
+        if self.is_trial and like.is_floating_point():
+            return torch.full_like(like, torch.nan, requires_grad=False)
+        return torch.zeros_like(like, requires_grad=False)
 
     def enter(self) -> None:
         if self.on_enter is not None:
             self.on_enter()
             self.on_enter = None
+
+    def check_inputs(self, name: str, inputs: Any) -> None:
+        """Raise ``ValueError`` where a unit would get a placeholder's numbers. What was received and the batch have no NaN."""
+        if self.stage > 0 and has_nan(inputs):
+            raise ValueError(
+                f"{name!r} on pipeline stage {self.stage} would get numbers of an earlier stage other than what that stage's "
+                "last block returned. Nothing else travels between stages: put residual and skip connections that go around "
+                "blocks inside of them, let blocks return all that later ones need, or set pp=1."
+            )
+
+
+def has_nan(value: Any) -> bool:
+    """Return whether there is a NaN in the tensors of ``value``; the host waits for them."""
+    tensors = (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    return any(bool(tensor.isnan().any()) for tensor in tensors)
 
 
 def _called_twice() -> ValueError:
@@ -143,6 +169,7 @@ class Cut:
         self.blocks = blocks
         self.local_stages = tuple(local_stages)
         self.num_stages = max(stages) + 1
+        self.last_block = next(name for name in reversed(self.units) if name.startswith(blocks + "."))
         self.flight: Flight | None = None
         for i, (name, stage) in enumerate(zip(self.units, self.stages, strict=True)):
             ends_stage = i + 1 == len(self.units) or self.stages[i + 1] != stage
@@ -213,9 +240,14 @@ class _UnitRole:
             raise ValueError(
                 f"{self.name!r} is on pipeline stage {self.stage}, but the step calls it while stage {flight.stage} runs, "
                 "before the last block: units must be registered in the order in which they run. Register it before the "
-                "blocks, or name the units of each stage in their order with plan=ParallelPlan(stages=[[...], ...])."
+                "blocks, or name the units of each stage in their order with plan=ParallelPlan(stages=[[...], ...]). The last "
+                "block of a stage can't be left out of a step (layer drop)."
             )
         flight.enter()
+        if flight.is_trial:
+            flight.check_inputs(self.name, (args, kwargs))
+            if self.name == self.cut.last_block:
+                raise StageExit(None)
         output = forward(*args, **kwargs)
         if self.ends_stage and flight.stage < self.cut.num_stages - 1 and self.cut.flight is flight:
             if flight.with_grad and not torch.is_grad_enabled():

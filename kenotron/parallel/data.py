@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torchmetrics import Metric
 
-from kenotron.parallel.stages import lists_of_like_layers
+from kenotron.parallel.stages import has_forward, lists_of_like_layers
 
 _BUCKET_BYTES = 25 * 2**20
 
@@ -263,11 +263,24 @@ def layers_to_shard(root: nn.Module, blocks: str | None, manual_optimization: bo
     """Return the modules that are gathered on their own.
 
     These are the blocks, or the layers of every list of like layers. With manual optimization each child of the root is
-    added: updates happen inside the step, so nothing may be gathered for as long as the step lasts.
+    added: updates happen inside the step, so nothing may be gathered for as long as the step lasts. Of containers, which
+    nobody calls, it is their parts.
     """
     # A leaf's weight may be used without calling the leaf: layers without children stay with the root.
     names = [blocks] if blocks else lists_of_like_layers(root, composite=True)
-    layers = [child for name in names for child in root.get_submodule(name).children()]
+    layers = [
+        part for name in names for child in root.get_submodule(name).children() for part in _called(child)
+        if part is child or any(True for _ in part.children())
+    ]  # fmt: skip
     if manual_optimization:
-        layers += [child for child in root.children() if child not in layers and any(True for _ in child.parameters())]
-    return [layer for layer in layers if any(p.numel() for p in layer.parameters())]
+        layers += [part for child in root.children() for part in _called(child)]
+    return [layer for layer in dict.fromkeys(layers) if any(p.numel() for p in layer.parameters())]
+
+
+def _called(module: nn.Module) -> Iterator[nn.Module]:
+    """Yield the module, or its parts if it is a container without a forward of its own."""
+    if has_forward(module):
+        yield module
+    else:
+        for child in module.children():
+            yield from _called(child)

@@ -27,7 +27,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from kenotron.parallel._torch import RecvInfo
-from kenotron.parallel.cut import BoundaryMeta, Cut, Flight
+from kenotron.parallel.cut import BoundaryMeta, Cut, Flight, has_nan
 
 #: schedule name -> (torch's class, takes several stages per rank, experimental)
 SCHEDULES: dict[str, tuple[Any, bool, bool]] = {
@@ -146,17 +146,24 @@ class Pipeline:
 
     # ------------------------------------------------------------------------------------------------------ training
 
-    def train_step(self, keys: Sequence[Hashable], step: Callable[[int], Tensor], probe: Callable[[int], Any]) -> None:
+    def train_step(
+        self,
+        keys: Sequence[Hashable],
+        step: Callable[[int], Tensor],
+        probe: Callable[[int], Any],
+        batch: Callable[[int], Any],
+    ) -> None:
         """Run forward and backward of all microbatches.
 
         Args:
             keys: the shape of each microbatch, the same on all stages: equal keys mean equal shapes everywhere.
             step: runs the user's step on microbatch ``i``; on the last stage it returns the scalar to differentiate.
             probe: runs the user's step on microbatch ``i`` with no trace: no logs, no gradients.
+            batch: returns microbatch ``i``.
         """
         for i, key in enumerate(keys):
             if key not in self._metas:
-                self._metas[key] = self._probe(functools.partial(probe, i))
+                self._metas[key] = self._probe(functools.partial(probe, i), tries=not has_nan(batch(i)))
         schedule = self._schedule(tuple(keys))
         indices = torch.arange(len(keys))
         self._step, self._backwards_left = step, len(keys) * len(self.cut.local_stages)
@@ -217,14 +224,19 @@ class Pipeline:
         """
         return self._chain(step, self._metas.setdefault(("forward", key), {}), finish=True)
 
-    def _probe(self, step: Callable[[], Any]) -> dict[int, StageMeta]:
+    def _probe(self, step: Callable[[], Any], *, tries: bool) -> dict[int, StageMeta]:
+        """Learn what crosses the boundaries, and that nothing else would have to (``tries``)."""
         metas: dict[int, StageMeta] = {}
         with torch.no_grad():
-            self._chain(step, metas, finish=False)
+            self._chain(step, metas, finish=False, tries=tries)
         return metas
 
-    def _chain(self, step: Callable[[], Any], metas: dict[int, StageMeta], *, finish: bool) -> Any:
-        """Run ``step`` stage by stage. Shapes unknown to ``metas`` are sent ahead of the tensors and kept."""
+    def _chain(self, step: Callable[[], Any], metas: dict[int, StageMeta], *, finish: bool, tries: bool = False) -> Any:
+        """Run ``step`` stage by stage. Shapes unknown to ``metas`` are sent ahead of the tensors and kept.
+
+        Args:
+            finish: go to the end of the last stage. tries: see ``Flight.is_trial``.
+        """
         known, result, local = bool(metas), None, None
         for stage in self.cut.local_stages:
             is_last = stage == self.cut.num_stages - 1
@@ -233,10 +245,11 @@ class Pipeline:
             if stage > 0:
                 received, boundary = self._receive(stage, meta.received, local)
                 meta = StageMeta(boundary, meta.sent)
-            if not is_last or finish:
-                flight = Flight(stage=stage, received=received, on_enter=self.on_enter)
+            is_trial = tries and not has_nan(received)
+            if not is_last or finish or is_trial:
+                flight = Flight(stage=stage, received=received, on_enter=self.on_enter, is_trial=is_trial)
                 left, value = self.enclose(functools.partial(self.cut.fly, flight, step))
-                if left:
+                if left and not is_last:
                     boundary = BoundaryMeta.of(value)
                     if known and meta.sent != boundary:
                         raise _changed_shape(stage, boundary, meta.sent)

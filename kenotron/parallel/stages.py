@@ -93,9 +93,24 @@ def _holds_like_layers(module: nn.Module, composite: bool) -> bool:
     return len(children) >= 2 and len(kinds) == 1 and all(any(True for _ in child.parameters()) for child in children)
 
 
+def has_forward(module: nn.Module) -> bool:
+    """Return whether a module can be called: a ``ModuleList`` can't."""
+    return type(module).forward is not nn.Module.forward
+
+
 def find_units(root: nn.Module, blocks: str) -> Units:
-    """Return the units of ``root`` around its list ``blocks``, in registration order."""
+    """Return the units of ``root`` around its list ``blocks``, in registration order.
+
+    Raises:
+        ValueError: a block is a container, of which only parts are called.
+    """
     block_list = root.get_submodule(blocks)
+    for name, block in block_list.named_children():
+        if not has_forward(block):
+            raise ValueError(
+                f"{blocks}.{name} is a {type(block).__name__}, which has no forward: a pipeline is cut between blocks that are "
+                "called. Make each block a module that calls its parts in its forward, or set pp=1."
+            )
     names: list[str] = []
     for name, module in _children(root, "", blocks):
         if name == blocks:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import StochasticWeightAveraging
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -77,6 +78,31 @@ class NoBlocks(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
+class NestedLists(L.LightningModule):
+    """Blocks that are lists, of which only the parts are called; ``kind``: what else is odd about it."""
+
+    def __init__(self, kind: str = "") -> None:
+        super().__init__()
+        parts = [nn.ModuleList([nn.Sequential(nn.Linear(8, 8)), nn.Sequential(nn.Linear(8, 8))]) for _ in range(2)]
+        self.layers, self.head = nn.ModuleList(parts), nn.Linear(8, 1)
+        if kind == "loose":
+            self.automatic_optimization = False
+            self.shifts = nn.ParameterList([nn.Parameter(torch.zeros(8))])
+        self.kind = kind
+
+    def configure_callbacks(self) -> Any:
+        return [StochasticWeightAveraging(0.1)] if self.kind == "averaged" else []
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        x = batch.float()
+        for first, second in self.layers:
+            x = x + second(torch.tanh(first(x)))
+        return self.head(x).mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
 def attempt(
     module: type[L.LightningModule], model: dict[str, Any], strategy: dict[str, Any], batch: int
 ) -> tuple[str, str, float]:
@@ -121,6 +147,9 @@ CASES = {
     "no block list": (NoBlocks, {}, PP2, 4, "no block list found"),
     "blocks names nothing": (TinyLM, {}, {**PP2, "blocks": "stack"}, 4, "blocks='stack' names no"),
     "tp without a plan": (NoBlocks, {}, {"tp": 2}, 4, "no plan says what becomes of NoBlocks"),
+    "blocks that nobody calls": (NestedLists, {}, PP2, 4, "layers.0 is a ModuleList, which has no forward"),
+    "parameters in a list, updated by hand": (NestedLists, {"kind": "loose"}, {}, 4, "dict in it (shifts.0)"),
+    "averages of sharded weights": (NestedLists, {"kind": "averaged"}, {}, 4, "StochasticWeightAveraging averages whole"),
     "a plan naming no module": (TinyLM, {}, {"tp": 2, "plan": {"model.encoder.q": "colwise"}}, 4, "no module of TinyLM"),
     "ep that does not divide the ranks": (TinyLM, {}, {"ep": 3}, 4, "ep=3 does not divide dp_shard × cp = 2 × 1"),
     "ep on a model without experts": (TinyLM, {}, {"ep": 2}, 4, "TinyLM has no experts modules"),

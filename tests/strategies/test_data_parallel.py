@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch.demos import Transformer as DemoTransformer
 from strategy_helpers import (
     SLOW,
+    WIDTH,
     Classifier,
     Rows,
     Task,
@@ -96,14 +97,43 @@ class Convolutions(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
 
 
+class NestedLists(Classifier):
+    """Blocks that are lists of lists and dicts: the step calls their parts."""
+
+    def __init__(self) -> None:
+        super().__init__(depth=0)
+
+        def mlp() -> nn.Sequential:
+            return nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh())
+
+        self.layers = nn.ModuleList(nn.ModuleList([mlp(), nn.ModuleDict({"b": mlp()}), nn.Linear(WIDTH, WIDTH)]) for _ in "123")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x) + self.shift
+        for first, rest, last in self.layers:
+            x = x + first(x)
+            x = x + rest["b"](x) @ last.weight  # a weight used without its module
+        logits: Tensor = self.head(x)
+        return logits
+
+
+@ZERO
+def test_blocks_that_are_lists_train_as_under_ddp(pool: RankPool, zero_stage: int, tmp_path: Path) -> None:
+    fit_like_ddp(pool, NestedLists, zero_stage, tmp_path, "ddp_find_unused_parameters_true", rows=24)
+
+
 class Generative(L.LightningModule):
     """The GAN of Lightning's documentation: two optimizers, updated by hand."""
 
     def __init__(self) -> None:
         super().__init__()
         self.automatic_optimization = False
+        # The second in a list, as several discriminators would be.
         self.generator = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 8))
-        self.discriminator = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))
+        self.discriminators = nn.ModuleList([nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 1))])
+
+    def discriminator(self, x: Tensor) -> Tensor:
+        return self.discriminators[0](x)
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         real, _ = batch
@@ -133,7 +163,7 @@ class Generative(L.LightningModule):
     def configure_optimizers(self) -> Any:
         return (
             torch.optim.SGD(self.generator.parameters(), lr=0.1),
-            torch.optim.SGD(self.discriminator.parameters(), lr=0.05, momentum=0.9),
+            torch.optim.SGD(self.discriminators.parameters(), lr=0.05, momentum=0.9),
         )
 
 

@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import lightning as L
 import pytest
 import torch
-from strategy_helpers import DP2_PP2, PP2, SLOW, TP2_PP2, WIDTH, Block, Classifier, fit_like_one_process
+from strategy_helpers import DP2_PP2, PP2, SLOW, TP2_PP2, WIDTH, Block, Classifier, Task, fit, fit_like_one_process
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import default_collate
 
-from kenotron.testing import RankPool
+from kenotron.testing import RankPool, RanksFailedError
+
+PP4 = (4, {"pp": 4, "microbatches": 4})
 
 # ------------------------------------------------------------------------------------------------------------- batches
 
@@ -44,8 +46,25 @@ def with_texts(rows: list[Any]) -> Any:
     return {"x": x, "y": y, "texts": ["a" * int(label + 1) for label in y], "shared": torch.ones(3, 1)}
 
 
+def with_targets(rows: list[Any]) -> Any:
+    """As detection has it: a list of dicts whose tensors have a size for each sample, some that of the batch."""
+    targets = [{"y": torch.full((i % 3 + 2,), int(y)), "id": torch.tensor(i)} for i, (_, y) in enumerate(rows)]
+    return [default_collate([x for x, _ in rows]), targets]
+
+
+def with_ragged_rows(rows: list[Any]) -> Any:
+    return {"x": torch.stack([x for x, _ in rows]), "of samples": [torch.cat([y.view(1).float(), x]) for x, y in rows]}
+
+
 class AnyBatch(Classifier):
     def loss(self, batch: Any) -> Tensor:
+        if isinstance(batch, list):
+            images, targets = batch
+            assert len(images) == len(targets)
+            return super().loss((images, torch.stack([target["y"][0] for target in targets])))
+        if "of samples" in batch:
+            assert len(batch["x"]) == len(batch["of samples"])
+            return super().loss((batch["x"], torch.stack([row[0] for row in batch["of samples"]]).long()))
         if isinstance(batch, tuple):
             assert isinstance(batch, Pair)
             return super().loss((batch.x, batch.y))
@@ -61,7 +80,7 @@ class AnyBatch(Classifier):
         return super().loss((batch.x, batch["y"]))
 
 
-@pytest.mark.parametrize("collate", [as_dict, as_named_tuple, as_encoding, with_texts])
+@pytest.mark.parametrize("collate", [as_dict, as_named_tuple, as_encoding, with_texts, with_targets, with_ragged_rows])
 def test_batches_of_any_structure(pool: RankPool, collate: Any, tmp_path: Path) -> None:
     fit_like_one_process(pool, AnyBatch, PP2, tmp_path, collate=collate, trainer={"max_epochs": 1})
 
@@ -199,11 +218,52 @@ class CallsTwice(Classifier):
         return super().loss(batch) + super().loss(batch)
 
 
+class SkipsBlocks(Classifier):
+    """Connections around blocks, written where the blocks are called."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = x = self.embed(x) + self.shift
+        for i, layer in enumerate(self.layers):
+            if self.kind == "residual":
+                x = x + layer(x)
+            elif self.kind == "from the first":
+                x = layer(x + 0.5 * first) if i == 3 else layer(x)
+            else:  # shapes alone
+                x = layer(x) + torch.ones_like(first)
+        logits: Tensor = self.head(x)
+        return logits
+
+
+@pytest.mark.parametrize("kind", ["residual", "from the first"])
+@pytest.mark.parametrize("layout", [PP2, PP4], ids=["pp2", "pp4"])
+def test_numbers_that_do_not_travel_are_missed_in_the_first_step(
+    pool: RankPool, layout: Any, kind: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RanksFailedError, match="skip connections that go around blocks inside"):
+        pool.run(fit, layout[0], Task(SkipsBlocks, layout[1], {"kind": kind}, folder=str(tmp_path)), timeout_s=60)
+
+
+def test_shapes_of_what_does_not_travel_may_be_used(pool: RankPool, tmp_path: Path) -> None:
+    fit_like_one_process(pool, SkipsBlocks, PP2, tmp_path, settings={"kind": "shapes"}, trainer={"max_epochs": 1})
+
+
+def with_nan(rows: list[Any]) -> Any:
+    x, y = default_collate(rows)
+    return x.where(x < 1, torch.nan), y
+
+
+def test_data_that_has_nan_is_no_such_thing(pool: RankPool, tmp_path: Path) -> None:
+    task = Task(Classifier, PP2[1], collate=with_nan, trainer={"max_epochs": 1}, folder=str(tmp_path))
+    for found in pool.run(fit, 2, task, timeout_s=60):
+        assert len(found["losses"]) == 3
+        assert not torch.tensor(found["losses"]).isfinite().any()
+
+
 def test_calling_the_model_twice_is_refused_on_every_rank(pool: RankPool, tmp_path: Path) -> None:
-    from strategy_helpers import Task, fit
-
-    from kenotron.testing import RanksFailedError
-
     with pytest.raises(RanksFailedError, match="called the pipelined module twice") as error:
         pool.run(fit, 2, Task(CallsTwice, PP2[1], val_rows=0, folder=str(tmp_path)), timeout_s=60)
     assert "--- rank 0" in str(error.value)
