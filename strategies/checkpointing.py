@@ -65,6 +65,7 @@ def save_training(
         "lightning": values,
         "extra_state": {name: value for name, value in module_state.items() if not isinstance(value, Tensor)},
         "optimizers": state.optimizer_groups() if with_optimizers else None,
+        "optimizer_kinds": state.optimizer_kinds() if with_optimizers else None,
         "layout": state.layout_sizes(),
         "models": state.models(),
     }
@@ -113,7 +114,7 @@ def load_training(
     saved = checkpoints.load_state(manifest, allow_pickle=allow_pickle)
     state.load_model(manifest, strict, saved["extra_state"])
     if with_optimizers and saved["optimizers"] is not None:
-        state.load_optimizers(manifest, saved["optimizers"])
+        state.load_optimizers(manifest, saved["optimizers"], saved.get("optimizer_kinds"))
     checkpoint = {**saved["lightning"], "state_dict": {}, LOADED_IN_PLACE: True}
     lacks = ""
     if saved["optimizers"] is not None:

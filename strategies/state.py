@@ -184,11 +184,20 @@ class CheckpointState:
             for optimizer in self._optimizers
         ]
 
-    def load_optimizers(self, manifest: Manifest, saved: Sequence[Sequence[Mapping[str, Any]]]) -> None:
-        """Load the optimizers' state in place. ``saved``: what `optimizer_groups` returned.
+    def optimizer_kinds(self) -> list[str]:
+        """Return the name of each optimizer's class."""
+        return [type(optimizer).__name__ for optimizer in self._optimizers]
+
+    def load_optimizers(
+        self, manifest: Manifest, saved: Sequence[Sequence[Mapping[str, Any]]], kinds: Sequence[str] | None
+    ) -> None:
+        """Load the optimizers' state in place.
+
+        Args:
+            saved: what `optimizer_groups` returned. kinds: what `optimizer_kinds` did; ``None``: it was not saved.
 
         Raises:
-            ValueError: another number of optimizers or parameter groups than was saved.
+            ValueError: another number of optimizers or parameter groups than was saved, or optimizers of another kind.
         """
         made = [len(optimizer.param_groups) for optimizer in self._optimizers]
         if made != [len(groups) for groups in saved]:
@@ -196,6 +205,13 @@ class CheckpointState:
                 f"configure_optimizers made {len(made)} optimizers with {made} parameter groups; {manifest.path} has "
                 f"{[len(groups) for groups in saved]}. Configure the same ones, or load weights only."
             )
+        for optimizer, groups, kind in zip(self._optimizers, saved, kinds or self.optimizer_kinds(), strict=True):
+            # One that stands in for another has the same hyper-parameters.
+            if type(optimizer).__name__ != kind and not all(optimizer.defaults.keys() <= group.keys() for group in groups):
+                raise ValueError(
+                    f"configure_optimizers made {type(optimizer).__name__}, and {manifest.path} has the state of {kind}. "
+                    "Configure the same one, or load weights only."
+                )
         keys: dict[str, list[str]] = {}
         for full_name in manifest.tensors:
             prefix, _, key = full_name.rpartition("/")

@@ -228,6 +228,18 @@ def _check_record(folder: Path, present: set[str]) -> None:
         if size != file["bytes"]:
             problem = f"has {size} bytes, and by {CORPUS_FILE} they are {file['bytes']}"
             raise CorpusSizeError(folder / file["name"], problem, min(size, file["bytes"]))
+        if file["name"].endswith(".ds"):
+            _check_index(folder / f"{file['name']}.index", file["num_documents"])
+
+
+def _check_index(index: Path, num_documents: int) -> None:
+    """Check that the index of a ``.ds`` file tells as many documents as there are: otherwise they would run together."""
+    told = f"by {CORPUS_FILE} it is of {num_documents} documents"
+    if not index.exists():
+        raise CorpusFileMissingError(index, f"is not there, and {told}")
+    size, expected = os.path.getsize(index), 8 * num_documents
+    if size != expected:
+        raise CorpusSizeError(index, f"has {size} bytes, and {told}, 8 bytes each", min(size, expected))
 
 
 def _refuse_repeated(files: list[Path]) -> None:

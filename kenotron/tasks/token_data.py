@@ -265,6 +265,7 @@ class TokenDataBase(_DataModule):
 
     def train_dataloader(self) -> TrainLoader:
         """Return this rank's batches, from where the run is."""
+        self._check_attached()
         assert self._stream is not None and self.trainer is not None
         self._check_trainer(self.trainer)
         vocab_size = self._check_vocabulary(self._corpora, self._sources)
@@ -288,6 +289,7 @@ class TokenDataBase(_DataModule):
 
     def val_dataloader(self) -> list[ValidationLoader]:
         """Return a loader for each validation corpus."""
+        self._check_attached()
         assert self.trainer is not None
         self._check_vocabulary(self._validation, self._validation_sources)
         rank, num_ranks = self._data_rank()
@@ -322,6 +324,13 @@ class TokenDataBase(_DataModule):
         return (0, 1) if given is None else (given["rank"], given["num_replicas"])
 
     # --------------------------------------------------------------------------------------------------------- checks
+
+    def _check_attached(self) -> None:
+        if self.trainer is None:
+            raise ValueError(
+                "TokenData cuts its batches for the ranks and steps of a Trainer, and has none: give it to one, as in "
+                "trainer.fit(module, data). kenotron.data.corpus.open_corpus(path) reads tokens without."
+            )
 
     def _check_trainer(self, trainer: Any) -> None:
         if trainer.overfit_batches:

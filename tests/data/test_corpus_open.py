@@ -204,12 +204,22 @@ def test_record_of_a_tokenisation_tells_what_is_unfinished_missing_or_out_of_the
     record(tmp_path, complete=False)
     with pytest.raises(CorpusUnfinishedError, match="goes on"):
         open_corpus(tmp_path)
-    record(tmp_path, files=[{"name": "00000.ds", "bytes": 4}, {"name": "00001.ds", "bytes": 4}])
+    there = {"name": "00000.ds", "bytes": 4, "num_documents": 1}
+    record(tmp_path, files=[there, there | {"name": "00001.ds"}])
     with pytest.raises(CorpusFileMissingError, match="00001"):
         open_corpus(tmp_path)
-    record(tmp_path, files=[{"name": "00000.ds", "bytes": 6}])
+    record(tmp_path, files=[there | {"bytes": 6}])
     with pytest.raises(CorpusSizeError, match="byte 4"):
         open_corpus(tmp_path)
+    record(tmp_path, files=[there | {"num_documents": 2}])
+    with pytest.raises(CorpusSizeError, match=r"00000\.ds\.index.* 2 documents"):
+        open_corpus(tmp_path)
+    record(tmp_path, files=[there])
+    open_corpus(tmp_path)
+    (tmp_path / "00000.ds.index").rename(tmp_path / "elsewhere")
+    with pytest.raises(CorpusFileMissingError, match=r"00000\.ds\.index"):
+        open_corpus(tmp_path)
+    (tmp_path / "elsewhere").rename(tmp_path / "00000.ds.index")
     record(tmp_path, max_token_id=99)
     with pytest.raises(CorpusVocabularyError, match="token id 99"):
         open_corpus(tmp_path, vocab_size=50)

@@ -92,6 +92,14 @@ def uninterrupted() -> list[int]:
     return fit(token_data(), max_steps=40).samples
 
 
+def test_without_a_trainer_it_says_so() -> None:
+    data = token_data()
+    data.setup("fit")
+    for loader in (data.train_dataloader, data.val_dataloader):
+        with pytest.raises(ValueError, match="give it to one"):
+            loader()
+
+
 def test_batches_are_those_of_the_stream(uninterrupted: list[int]) -> None:
     assert len(uninterrupted) == 320
     counts = np.cumsum([sample < 1000 for sample in uninterrupted])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from strategy_helpers import (
+    DP2,
     DP2_PP2,
     PP2,
     SLOW,
@@ -29,7 +30,7 @@ from strategy_helpers import (
 
 import kenotron
 from kenotron import checkpoint as checkpoints
-from kenotron.testing import RankPool
+from kenotron.testing import RankPool, RanksFailedError
 
 ONE = (1, {})
 LAYOUTS: dict[str, tuple[int, dict[str, Any]]] = {
@@ -110,6 +111,14 @@ def test_resume_on_another_layout_continues_the_same_losses(
         close(part["rates"], whole[0]["rates"][3:], where="rates")
         close(part["metrics"], whole[0]["metrics"], where="metrics")
         close(part["weights"], whole[0]["weights"], 1e-4, "weights")
+
+
+def test_another_optimizer_is_refused(pool: RankPool, tmp_path: Path) -> None:
+    task = functools.partial(Task, Trained, DP2[1], folder=str(tmp_path), val_rows=0)
+    pool.run(fit, 2, task(trainer={"max_epochs": 1}, callbacks=[functools.partial(save_each_epoch, str(tmp_path))]))
+    resume = {"ckpt_path": str(tmp_path / "epoch=0.ckpt")}
+    with pytest.raises(RanksFailedError, match=r"made SGD, and .*epoch=0\.ckpt has the state of AdamW"):
+        pool.run(fit, 2, task(settings={"optimizer": "sgd"}, trainer={"max_epochs": 2}, fit=resume), timeout_s=60)
 
 
 def last_and_best(strategy: Any, folder: str) -> dict[str, Any]:
