@@ -114,7 +114,7 @@ def shape_key(value: Any) -> Any:
 def check_same_batch(batch: Any, dp_rank: int) -> None:
     """Raise ``ValueError`` on all ranks where ranks of one data-parallel coordinate hold different batches."""
     checksum = 0
-    for tensor in _tensors(batch):
+    for tensor in tensors(batch):
         data = tensor.detach().cpu().contiguous().view(-1)
         checksum = crc32c(data.view(torch.uint8).numpy().data, checksum)
     found: list[Any] = [None] * dist.get_world_size()
@@ -128,13 +128,14 @@ def check_same_batch(batch: Any, dp_rank: int) -> None:
             )
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Yield the dense tensors with elements in a batch of any structure."""
     if isinstance(value, Tensor):
         if value.numel() and not value.is_sparse:
             yield value
         return
     for part in _parts(value):
-        yield from _tensors(part)
+        yield from tensors(part)
 
 
 class Splitter:

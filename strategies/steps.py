@@ -18,7 +18,7 @@ from kenotron.parallel.pipeline import Pipeline
 from kenotron.parallel.random import RandomStreams
 from kenotron.strategies.logs import Call, LogRelay, merge, recording
 from kenotron.strategies.loss import StepLoss, TokenCount
-from kenotron.strategies.microbatches import Splitter, batch_size, shape_key, split
+from kenotron.strategies.microbatches import Splitter, batch_size, shape_key, split, tensors
 
 
 class PipelineSteps:
@@ -89,7 +89,7 @@ class PipelineSteps:
                 return step(microbatches[index], *rest)
 
         keys = [("train", shape_key(microbatch)) for microbatch in microbatches]
-        self.pipeline.train_step(keys, run, probe, microbatches.__getitem__)
+        self.pipeline.train_step(keys, run, probe, lambda index: list(tensors(microbatches[index])))
         mean = merged = None
         if self.pipeline.is_last:
             mean = self._tokens.mean([loss for loss in losses if loss is not None], weights)

@@ -87,6 +87,7 @@ class Flight:
     taken: bool = False
     _called: set[str] = field(default_factory=set)
     _placeholders: dict[bool, Any] = field(default_factory=dict)
+    _is_finite: bool = True  # own units have returned no NaN so far
 
     def take(self) -> Any:
         """Return the received activation, once."""
@@ -129,12 +130,16 @@ class Flight:
 
     def check_inputs(self, name: str, inputs: Any) -> None:
         """Raise ``ValueError`` where a unit would get a placeholder's numbers. What was received and the batch have no NaN."""
-        if self.stage > 0 and has_nan(inputs):
+        if self.stage > 0 and self._is_finite and has_nan(inputs):
             raise ValueError(
                 f"{name!r} on pipeline stage {self.stage} would get numbers of an earlier stage other than what that stage's "
                 "last block returned. Nothing else travels between stages: put residual and skip connections that go around "
                 "blocks inside of them, let blocks return all that later ones need, or set pp=1."
             )
+
+    def note_output(self, output: Any) -> None:
+        """Look at what an own unit made: a NaN of its own says nothing of placeholders."""
+        self._is_finite = self._is_finite and not has_nan(output)
 
 
 def has_nan(value: Any) -> bool:
@@ -249,6 +254,8 @@ class _UnitRole:
             if self.name == self.cut.last_block:
                 raise StageExit(None)
         output = forward(*args, **kwargs)
+        if flight.is_trial:
+            flight.note_output(output)
         if self.ends_stage and flight.stage < self.cut.num_stages - 1 and self.cut.flight is flight:
             if flight.with_grad and not torch.is_grad_enabled():
                 raise ValueError(

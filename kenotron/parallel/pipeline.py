@@ -151,7 +151,7 @@ class Pipeline:
         keys: Sequence[Hashable],
         step: Callable[[int], Tensor],
         probe: Callable[[int], Any],
-        batch: Callable[[int], Any],
+        batch: Callable[[int], list[Tensor]],
     ) -> None:
         """Run forward and backward of all microbatches.
 
@@ -159,7 +159,7 @@ class Pipeline:
             keys: the shape of each microbatch, the same on all stages: equal keys mean equal shapes everywhere.
             step: runs the user's step on microbatch ``i``; on the last stage it returns the scalar to differentiate.
             probe: runs the user's step on microbatch ``i`` with no trace: no logs, no gradients.
-            batch: returns microbatch ``i``.
+            batch: returns the tensors of microbatch ``i``.
         """
         for i, key in enumerate(keys):
             if key not in self._metas:

@@ -253,11 +253,21 @@ def test_shapes_of_what_does_not_travel_may_be_used(pool: RankPool, tmp_path: Pa
 
 def with_nan(rows: list[Any]) -> Any:
     x, y = default_collate(rows)
-    return x.where(x < 1, torch.nan), y
+    return Pair(x.where(x < 1, torch.nan), y)
 
 
-def test_data_that_has_nan_is_no_such_thing(pool: RankPool, tmp_path: Path) -> None:
-    task = Task(Classifier, PP2[1], collate=with_nan, trainer={"max_epochs": 1}, folder=str(tmp_path))
+class Broken(Classifier):
+    """One block of the second stage has weights that are no numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        with torch.no_grad():
+            self.layers[2].down.weight.fill_(torch.nan)
+
+
+@pytest.mark.parametrize(("module", "collate"), [(Classifier, with_nan), (Broken, None)], ids=["data", "weights"])
+def test_nan_of_another_origin_is_no_such_thing(pool: RankPool, module: Any, collate: Any, tmp_path: Path) -> None:
+    task = Task(module, PP2[1], collate=collate, trainer={"max_epochs": 1}, folder=str(tmp_path))
     for found in pool.run(fit, 2, task, timeout_s=60):
         assert len(found["losses"]) == 3
         assert not torch.tensor(found["losses"]).isfinite().any()
