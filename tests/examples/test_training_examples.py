@@ -30,9 +30,9 @@ def test_doremi_finds_that_noise_is_not_worth_learning(tmp_path: Path) -> None:
     script = str(EXAMPLES / "doremi" / "train.py")
     run(tmp_path, script, "corpora")
     for name in ("reference", "proxy"):
-        run(tmp_path, script, name, "--steps", "100", "--tp", "2")
+        run(tmp_path, script, name, "--steps", "150", "--tp", "2")
     weights = json.loads((tmp_path / "runs/doremi/weights.json").read_text())
-    assert weights["noise"] < 1 / 6 < weights["python"]  # half of an even share; twice as many steps: a twentieth
+    assert weights["noise"] < 0.15 < weights["python"]
     assert "weights python" in run(tmp_path, script, "main", "--steps", "50")
 
 
