@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import itertools
 import os
 import uuid
@@ -43,6 +42,7 @@ from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.auto import choose, take_apart
 from kenotron.strategies.checkpointing import check_path
+from kenotron.strategies.checks import check_callbacks, check_pipelined
 from kenotron.strategies.collectives import Collectives
 from kenotron.strategies.guard import Guard, StepGuard, check_precision_of_guard
 from kenotron.strategies.logs import LogRelay
@@ -311,7 +311,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         )
         fitting = trainer.state.fn == self.names.TrainerFn.FITTING
         if fitting:
-            self._check_callbacks(trainer)
+            check_callbacks(trainer.callbacks, self._done)
             self._check_checkpoint_paths(trainer)
             self._prepare_checkpoints(trainer)
             self.setup_optimizers(trainer)
@@ -355,19 +355,6 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             sizes = self._done.sizes_alike()
             self._offloaded = [HostState(each, sizes) for each in self.optimizers]
 
-    def _check_callbacks(self, trainer: Any) -> None:
-        """Refuse those that copy the module before it is cut, and meet the parts later."""
-        assert self._done is not None
-        if self._done.sharded is None and self.layout.tp == self.layout.pp == self.layout.ep == 1:
-            return
-        for callback in trainer.callbacks:
-            kinds = {kind.__name__ for kind in type(callback).__mro__}
-            if kinds & {"StochasticWeightAveraging", "WeightAveraging"}:
-                raise ValueError(
-                    f"{type(callback).__name__} averages whole modules, and here every rank has parts of the parameters. Set "
-                    "zero_stage=0 (strategy='kenotron_ddp'), or average in a callback of your own, over pl_module.parameters()."
-                )
-
     def _check_checkpoint_paths(self, trainer: Any) -> None:
         """Refuse here what would otherwise be refused at the end of the first epoch."""
         if self._uses_foreign_io:
@@ -402,20 +389,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
                 f"{type(self._checkpoint_io).__name__} gets whole state dicts on one rank, but the state is spread over "
                 f"{self.world_size} ranks. Leave the plugin out: KenotronStrategy writes sharded checkpoints itself."
             )
-        if self.layout.pp == 1:
-            return
-        if not module.automatic_optimization:
-            raise ValueError(
-                f"pp={self.layout.pp} with manual optimization: forward and backward of a pipeline are interleaved, so they "
-                "can't be called by hand. Set automatic_optimization = True, or pp=1."
-            )
-        if self.names.is_overridden("backward", module):
-            raise ValueError(
-                f"pp={self.layout.pp} runs backward inside of the pipeline and would bypass {type(module).__name__}.backward. "
-                "Remove the override, or set pp=1."
-            )
-        if "dataloader_iter" in inspect.signature(module.training_step).parameters:
-            raise ValueError(f"pp={self.layout.pp} splits batches; training_step(dataloader_iter) has none. Take a batch.")
+        if self.layout.pp > 1:
+            check_pipelined(module, self.layout.pp, overrides_backward=self.names.is_overridden("backward", module))
 
     def _parallelize(self, module: Any) -> Parallelized:
         done: Parallelized | None = module.__dict__.get("_kenotron")
