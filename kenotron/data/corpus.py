@@ -22,7 +22,7 @@ from kenotron.data.errors import (
     EmptyCorpusError,
 )
 from kenotron.data.megatron import MegatronSource
-from kenotron.data.nanoset import NanosetSource
+from kenotron.data.nanoset import NanosetSource, check_index
 from kenotron.data.source import TokenSource
 
 #: What ``kenotron tokenize`` writes beside its files: what they are, and whether they are all there.
@@ -229,17 +229,7 @@ def _check_record(folder: Path, present: set[str]) -> None:
             problem = f"has {size} bytes, and by {CORPUS_FILE} they are {file['bytes']}"
             raise CorpusSizeError(folder / file["name"], problem, min(size, file["bytes"]))
         if file["name"].endswith(".ds"):
-            _check_index(folder / f"{file['name']}.index", file["num_documents"])
-
-
-def _check_index(index: Path, num_documents: int) -> None:
-    """Check that the index of a ``.ds`` file tells as many documents as there are: otherwise they would run together."""
-    told = f"by {CORPUS_FILE} it is of {num_documents} documents"
-    if not index.exists():
-        raise CorpusFileMissingError(index, f"is not there, and {told}")
-    size, expected = os.path.getsize(index), 8 * num_documents
-    if size != expected:
-        raise CorpusSizeError(index, f"has {size} bytes, and {told}, 8 bytes each", min(size, expected))
+            check_index(folder / file["name"], file["num_documents"], CORPUS_FILE)
 
 
 def _refuse_repeated(files: list[Path]) -> None:

@@ -167,6 +167,21 @@ def _number(text: str) -> int | None:
     return int(text) if re.fullmatch(r"\s*[0-9]{1,19}\s*", text) else None
 
 
+def check_index(path: Path, num_documents: int, record: str) -> None:
+    """Check that the index of a ``.ds`` file tells as many documents as ``record`` does: otherwise they would run together.
+
+    Raises:
+        CorpusFileMissingError, CorpusSizeError: it is not there, or is shorter or longer.
+    """
+    index = path.with_name(path.name + ".index")
+    told = f"by {record} it is of {num_documents} documents"
+    if not index.exists():
+        raise CorpusFileMissingError(index, f"is not there, and {told}")
+    size, expected = index.stat().st_size, _ENDS.itemsize * num_documents
+    if size != expected:
+        raise CorpusSizeError(index, f"has {size} bytes, and {told}, {_ENDS.itemsize} bytes each", min(size, expected))
+
+
 def _read_last_end(index: Path) -> tuple[int, int]:
     """Return the number of documents and where the last of them ends."""
     size = index.stat().st_size
