@@ -143,7 +143,7 @@ class PendingSave:
                 ``ModelCheckpoint(save_last=True)`` saves each checkpoint under two names.
         """
         sources = Sources(layout.entries)
-        self._identity = None if sources.identity is None else (num_fences, layout.keys, layout.ranges, sources.identity)
+        self._identity = None if sources.identity is None else (num_fences, layout.plan, len(layout.header), sources.identity)
         if before is not None and self._identity is not None and before._identity == self._identity:
             self._same = before
             self._is_settled.set()

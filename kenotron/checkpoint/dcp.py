@@ -46,7 +46,8 @@ from kenotron.checkpoint.format import RESERVED_PREFIXES, LocalTensor, Piece, Sh
 from kenotron.checkpoint.load import load_into, load_state
 from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, read_manifest
 from kenotron.checkpoint.meeting import FolderLock
-from kenotron.checkpoint.save import check_coverage, check_replaceable, publish_alone
+from kenotron.checkpoint.reports import check_coverage
+from kenotron.checkpoint.save import check_replaceable, publish_alone
 from kenotron.checkpoint.sources import Sources
 from kenotron.checkpoint.values import Attachments, encode
 

@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -181,8 +182,7 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return plain.as_strided((plain.numel(),), (1,)).view(torch.uint8).numpy().data
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardEntry:
+class ShardEntry(NamedTuple):
     """One box of one global tensor, to be written into a shard.
 
     Args:
@@ -205,15 +205,43 @@ class ShardEntry:
         return entry_key(self.name, self.global_shape, Box(self.offset, tuple(self.data.shape)))
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ShardPlan:
+    """What of a shard's layout stays the same from save to save; then it is the same object.
+
+    Attributes:
+        order: of the entries in the file, by their place among those given.
+        boxes: name, offset and shape of each, in the order of the file.
+        spans: first byte of each and the one after its last, from where the data begins.
+        description: the header's entries, after a comma.
+        num_bytes: of all.
+    """
+
+    order: tuple[int, ...]
+    boxes: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    spans: tuple[tuple[int, int], ...]
+    description: str
+    num_bytes: int
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardLayout:
-    """A shard file before its data is read: header, order of the entries, the key and the byte range of each in the file."""
+    """A shard file before its data is read: header, plan, and the entries in the order of the file."""
 
     header: bytes
-    keys: tuple[str, ...]
+    plan: ShardPlan
     entries: tuple[ShardEntry, ...]
-    ranges: tuple[tuple[int, int], ...]
-    num_bytes: int
+
+    @property
+    def num_bytes(self) -> int:
+        """The file's size."""
+        return len(self.header) + self.plan.num_bytes
+
+    @property
+    def ranges(self) -> list[tuple[int, int]]:
+        """Where each entry begins in the file, and the byte after its end."""
+        start = len(self.header)
+        return [(begin + start, end + start) for begin, end in self.plan.spans]
 
     def buffers(self) -> Iterator[memoryview]:
         """Yield each entry's bytes, in the order of the file; one entry at a time is copied off its device."""
@@ -235,55 +263,37 @@ def lay_out(entries: Iterable[ShardEntry], metadata: dict[str, str]) -> ShardLay
         ValueError: two entries with one key, a dtype that safetensors does not know, or too long a header.
     """
     given = list(entries)
-    plan = _plan(
-        tuple((entry.name, entry.global_shape, entry.offset, entry.data.dtype, tuple(entry.data.shape)) for entry in given)
-    )
+    plan = _plan(tuple([(e.name, e.global_shape, e.offset, e.data.dtype, e.data.shape) for e in given]))
     text = f'{{"__metadata__":{json.dumps(metadata, separators=(",", ":"))}{plan.description}}}'.encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     if len(text) > MAX_HEADER_BYTES:
         raise ValueError(f"the shard's header takes {len(text)} bytes; safetensors allows {MAX_HEADER_BYTES}")
     header = len(text).to_bytes(8, "little") + text
-    return ShardLayout(
-        header=header,
-        keys=plan.keys,
-        entries=tuple(given[index] for index in plan.order),
-        ranges=tuple((begin + len(header), end + len(header)) for begin, end in plan.spans),
-        num_bytes=len(header) + plan.num_bytes,
-    )
+    return ShardLayout(header=header, plan=plan, entries=tuple([given[index] for index in plan.order]))
 
 
 #: name, global shape, offset, dtype and shape of an entry
 _Described = tuple[str, tuple[int, ...], tuple[int, ...], torch.dtype, tuple[int, ...]]
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Plan:
-    """What of a layout stays the same from save to save. ``description``: the header's entries, after a comma."""
-
-    order: tuple[int, ...]
-    keys: tuple[str, ...]
-    spans: tuple[tuple[int, int], ...]
-    description: str
-    num_bytes: int
-
-
 @functools.lru_cache(maxsize=8)  # a model does not change, and saves are made again and again
-def _plan(entries: tuple[_Described, ...]) -> _Plan:
+def _plan(entries: tuple[_Described, ...]) -> ShardPlan:
     sizes = [math.prod(shape) * dtype.itemsize for _, _, _, dtype, shape in entries]
     order = sorted(range(len(entries)), key=lambda index: _alignment_class(sizes[index], entries[index][3].itemsize))
     described: dict[str, object] = {}
-    spans, position = [], 0
+    boxes, spans, position = [], [], 0
     for index in order:
         name, global_shape, offset, dtype, shape = entries[index]
         key, end = entry_key(name, global_shape, Box(offset, shape)), position + sizes[index]
         if key in described or key == "__metadata__":
             raise ValueError(f"two tensors would be stored as {key!r}; rename one of them")
         described[key] = {"dtype": dtype_name(dtype, name), "shape": list(shape), "data_offsets": [position, end]}
+        boxes.append((name, offset, tuple(shape)))
         spans.append((position, end))
         position = end
     text = json.dumps(described, separators=(",", ":"))[1:-1]
-    return _Plan(
-        order=tuple(order), keys=tuple(described), spans=tuple(spans), description=text and f",{text}", num_bytes=position
+    return ShardPlan(
+        order=tuple(order), boxes=tuple(boxes), spans=tuple(spans), description=text and f",{text}", num_bytes=position
     )
 
 

@@ -168,28 +168,36 @@ class Manifest:
     is_merged: bool = False
     node: NodePart | None = None
 
-    def to_bytes(self) -> bytes:
-        """Return the content of ``manifest.json``, which ends in the checksum of all that precedes it."""
-        content = json.dumps(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "save_id": self.save_id,
-                "world_size": self.world_size,
-                "files": self.files,
-                "tensors": {name: tensor.to_json() for name, tensor in self.tensors.items()},
-                "state": self.state,
-                "rank_states": self.rank_states,
-                "aliases": self.aliases,
-                **({"origins": self.origins} if self.origins else {}),
-                **({"merged": True} if self.is_merged else {}),
-                **({"node": self.node.to_json()} if self.node is not None else {}),
-            },
-            separators=(",", ":"),
-            allow_nan=False,
-        ).encode()
-        content = content.removesuffix(b"}")
+    def to_bytes(self, tensors: str | None = None) -> bytes:
+        """Return the content of ``manifest.json``, which ends in the checksum of all that precedes it.
+
+        Args:
+            tensors: their JSON, where that is at hand.
+        """
+        before = {
+            "format": FORMAT,
+            "version": VERSION,
+            "save_id": self.save_id,
+            "world_size": self.world_size,
+            "files": self.files,
+        }
+        after = {
+            "state": self.state,
+            "rank_states": self.rank_states,
+            "aliases": self.aliases,
+            **({"origins": self.origins} if self.origins else {}),
+            **({"merged": True} if self.is_merged else {}),
+            **({"node": self.node.to_json()} if self.node is not None else {}),
+        }
+        if tensors is None:
+            tensors = to_text({name: tensor.to_json() for name, tensor in self.tensors.items()})
+        content = f'{to_text(before)[:-1]},"tensors":{tensors},{to_text(after)[1:-1]}'.encode()
         return content + b',"crc32c":"%08x"}\n' % crc32c(content)
+
+
+def to_text(node: Any) -> str:
+    """Return JSON as a manifest has it: without spaces, and without what only Python takes for a number."""
+    return json.dumps(node, separators=(",", ":"), allow_nan=False)
 
 
 def head(save_id: str) -> bytes:

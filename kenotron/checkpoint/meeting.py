@@ -40,6 +40,8 @@ _PERHAPS = "perhaps"  # this node gives up, others may have published: nothing i
 _FAILURES = {error.__name__: error for error in (SaveFailedError, CoverageError, RanksMissingError)}
 _SHORTEST_PAUSE_S = 0.001
 _LONGEST_PAUSE_S = 0.1
+#: Of the time since the save began: nobody learns of another rank's part much later than it could.
+_LONGEST_PAUSE_SHARE = 0.02
 
 
 class FolderLock:
@@ -260,7 +262,7 @@ class Meeting:
                 deadline, is_extended = now + min(within_s, self._patience_s), True
                 self._patience_s = math.inf
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE_S)
+            pause = min(2 * pause, _LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, _LONGEST_PAUSE_SHARE * (now - self._start)))
 
     def _who_never_began(self) -> str:
         return f"ranks {self._missing('begun')} never began (do all ranks see {self.path.parent}?)"

@@ -13,7 +13,8 @@ from kenotron.checkpoint.errors import MismatchError
 from kenotron.checkpoint.format import unpublished
 from kenotron.checkpoint.manifest import Manifest, StoredPiece, read_manifest
 from kenotron.checkpoint.meeting import FolderLock
-from kenotron.checkpoint.save import check_coverage, check_replaceable, publish_alone, remove_tree
+from kenotron.checkpoint.reports import check_coverage
+from kenotron.checkpoint.save import check_replaceable, publish_alone, remove_tree
 from kenotron.durable import copy_durably
 
 

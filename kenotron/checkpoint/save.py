@@ -14,19 +14,19 @@ in place.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import shutil
 import warnings
 import zlib
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kenotron.checkpoint.boxes import Box, find_flaw
-from kenotron.checkpoint.errors import CoverageError, SaveFailedError
+from kenotron.checkpoint.boxes import Box
+from kenotron.checkpoint.errors import SaveFailedError
 from kenotron.checkpoint.format import (
     DTYPE_NAMES,
     MANIFEST,
@@ -42,9 +42,10 @@ from kenotron.checkpoint.format import (
     unpublished,
     unpublished_name,
 )
-from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, check_file_size, is_checkpoint
+from kenotron.checkpoint.manifest import Manifest, StoredTensor, check_file_size, is_checkpoint
 from kenotron.checkpoint.meeting import FolderLock, Meeting
 from kenotron.checkpoint.nodes import Council, Nodes
+from kenotron.checkpoint.reports import describe_shard, merge
 from kenotron.checkpoint.values import Attachments, encode
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
 from kenotron.durable import fsync_directory, put_in_place, write_durably
@@ -232,10 +233,12 @@ class SaveAttempt:
         late = [report["late_steps"] for report in reports]
         if len(set(late)) > 1:
             raise SaveFailedError(f"saving {self.path}: the ranks' parts are {late} optimizer steps late, so not of one moment")
-        manifest = self._manifest(reports)
+        tensors = merge(tuple(report["tensors"] for report in reports), self._nodes is None)
+        manifest = self._manifest(reports, tensors.tensors)
         for name, size in manifest.files.items():
             check_file_size(meeting.folder / name, size)
-        write_durably(meeting.folder / MANIFEST, manifest.to_bytes())
+        text = tensors.to_json([report["crc32c"] for report in reports])
+        write_durably(meeting.folder / MANIFEST, manifest.to_bytes(text))
         fsync_directory(meeting.folder)
         check_replaceable(self.path)
         meeting.decide_to_publish()
@@ -248,8 +251,7 @@ class SaveAttempt:
         meeting.clear()
         return former
 
-    def _manifest(self, reports: Sequence[Mapping[str, Any]]) -> Manifest:
-        tensors = _merge(reports, is_whole=self._nodes is None)
+    def _manifest(self, reports: Sequence[Mapping[str, Any]], tensors: Mapping[str, StoredTensor]) -> Manifest:
         states: list[Any] = [None] * self._world_size
         for rank, report in zip(self._part.ranks, reports, strict=True):
             states[rank] = report["rank_state"]
@@ -321,31 +323,28 @@ class _Part:
             ]
             self._pickles |= found.pickles
         for tensor in (*tensors, *extra):
-            dtype_name(tensor.tensor.dtype, tensor.name)  # raises here, not on the worker
-            self._described.append((tensor.name, tensor.tensor.dtype, tensor.global_shape))
-            entries += _entries_of(tensor, (p for p in tensor.pieces if self._writer_of(tensor, p) == self._rank))
+            dtype = tensor.tensor.dtype
+            if dtype not in DTYPE_NAMES:
+                dtype_name(dtype, tensor.name)  # raises here, not on the worker
+            self._described.append((tensor.name, dtype, tensor.global_shape))
+            for piece in tensor.pieces:
+                if 0 not in piece.shape and self._writer_of(tensor, piece) == self._rank:
+                    local = tensor.tensor.detach()
+                    data = local if piece.shape == local.shape else box_of(local, Box(piece.local, piece.shape))
+                    entries.append(ShardEntry(tensor.name, tensor.global_shape, piece.offset, data, tensor.lazy))
         return lay_out(entries, self._metadata)
 
     def write(self, folder: Path, layout: ShardLayout, write: Callable[[Path, ShardLayout], Checksums]) -> dict[str, Any]:
         """Write the files durably and return the report."""
-        told: dict[str, Any] = {
-            name: {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "pieces": []} for name, dtype, shape in self._described
-        }
         checksums = write(folder / self.shard, layout)
-        for entry, (begin, end), crcs in zip(layout.entries, layout.ranges, checksums, strict=True):
-            piece = StoredPiece(
-                file=self.shard,
-                begin=begin,
-                end=end,
-                offset=entry.offset,
-                shape=tuple(entry.data.shape),
-                crc32c=tuple(crcs),
-            )
-            told[entry.name]["pieces"].append(piece.to_json())
+        told = {
+            "tensors": describe_shard(self.shard, tuple(self._described), layout.plan, len(layout.header)),
+            "crc32c": list(itertools.chain.from_iterable(checksums)),
+        }
         for name, data in self._pickles.items():
             write_durably(folder / name, data)
         sizes = {name: len(data) for name, data in self._pickles.items()}
-        return self._states | {"tensors": told, "files": {self.shard: layout.num_bytes} | sizes}
+        return self._states | told | {"files": {self.shard: layout.num_bytes} | sizes}
 
     def _writer_of(self, tensor: LocalTensor, piece: Piece) -> int:
         """Return the owner that writes it: by a rule that all can follow alone. Whose load is least none of them knows."""
@@ -354,81 +353,6 @@ class _Part:
             return holders[0]
         owners = [owner for owner in sorted(holders) if owner in self.ranks]
         return owners[zlib.crc32(tensor.name.encode()) % len(owners)]
-
-
-def _entries_of(tensor: LocalTensor, pieces: Iterable[Piece]) -> list[ShardEntry]:
-    return [
-        ShardEntry(
-            name=tensor.name,
-            global_shape=tensor.global_shape,
-            offset=piece.offset,
-            data=tensor.tensor.detach()
-            if piece.shape == tensor.tensor.shape
-            else box_of(tensor.tensor, Box(piece.local, piece.shape)),
-            lazy=tensor.lazy,
-        )
-        for piece in pieces
-        if 0 not in piece.shape
-    ]
-
-
-def _merge(reports: Sequence[Mapping[str, Any]], *, is_whole: bool) -> dict[str, StoredTensor]:
-    """Return the global tensors that the ranks' pieces make up; ``CoverageError``, listing all, where they do not.
-
-    Args:
-        is_whole: nothing is stored elsewhere, so that there must be no holes.
-    """
-    told: defaultdict[str, list[tuple[int, StoredTensor]]] = defaultdict(list)
-    for rank, report in enumerate(reports):
-        for name, node in report["tensors"].items():
-            told[name].append((rank, StoredTensor.from_json(node)))
-    problems, merged = [], {}
-    for name, versions in told.items():
-        first_rank, first = versions[0]
-        for rank, other in versions[1:]:
-            if (other.dtype, other.shape) != (first.dtype, first.shape):
-                problems.append(f"{name}: rank {first_rank} has {_describe(first)} and rank {rank} {_describe(other)}")
-                break
-        else:
-            pieces = [(rank, piece) for rank, tensor in versions for piece in tensor.pieces]
-            problems += _coverage_problems(name, first.shape, pieces) if is_whole else ()
-            ordered = sorted((piece for _, piece in pieces), key=lambda piece: piece.offset)
-            merged[name] = StoredTensor(dtype=first.dtype, shape=first.shape, pieces=tuple(ordered))
-    _raise_coverage(problems)
-    return merged
-
-
-def check_coverage(tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise ``CoverageError``, listing all, where pieces do not tile their tensor."""
-    flaws = {name: find_flaw([piece.box for piece in tensor.pieces], tensor.shape) for name, tensor in tensors.items()}
-    _raise_coverage(
-        f"{name}: of the shape {tensors[name].shape} the element {flaw[0]} is stored {flaw[1]} times"
-        for name, flaw in flaws.items()
-        if flaw is not None
-    )
-
-
-def _raise_coverage(problems: Iterable[str]) -> None:
-    text = "\n".join(problems)
-    if text:
-        raise CoverageError(f"the ranks' pieces do not make up the tensors:\n{text}")
-
-
-def _coverage_problems(name: str, shape: tuple[int, ...], pieces: Sequence[tuple[int, StoredPiece]]) -> Iterable[str]:
-    flaw = find_flaw([piece.box for _, piece in pieces], shape)
-    if flaw is not None:
-        index, _ = flaw
-        holders = [
-            rank
-            for rank, piece in pieces
-            if all(start <= at < start + size for at, start, size in zip(index, piece.offset, piece.shape, strict=True))
-        ]
-        by_whom = f"by the ranks {holders}" if holders else "by no rank; do its owners all pass it?"
-        yield f"{name}: of the shape {shape} the element {index} is stored {by_whom}"
-
-
-def _describe(tensor: StoredTensor) -> str:
-    return f"{DTYPE_NAMES[tensor.dtype]} {list(tensor.shape)}"
 
 
 def _check_arguments(path: Path, rank: int, world_size: int, save_id: str, ranks: Sequence[int]) -> None:

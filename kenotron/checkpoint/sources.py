@@ -33,30 +33,30 @@ class Sources:
         self._held: list[torch.Tensor] = []
         self._watched: list[tuple[torch.Tensor, int]] = []
         self.native: list[NativeSource] = []
-        identity: list[tuple[object, ...]] | None = []
+        self.has_eager = False
+        identity: list[object] = []
         num_cloned = 0
         for entry in entries:
             tensor, is_eager = entry.data, not entry.lazy
-            what: tuple[object, ...] | None = None
+            what: object = None
             if is_eager and num_cloned + tensor.nbytes <= _MAX_CLONED_BYTES:
                 num_cloned += tensor.nbytes
-                tensor, is_eager = _plain(tensor.clone(memory_format=torch.contiguous_format)), False
+                tensor = _plain(tensor.clone(memory_format=torch.contiguous_format))
+                native = _native(tensor, False)
                 if tensor.is_cpu:
-                    what = (tensor.dtype, crc32c(bytes_of(tensor)))
+                    what = crc32c(bytes_of(tensor))
             else:
                 plain = _plain(tensor)
+                native = _native(plain, is_eager)
+                self.has_eager |= is_eager
                 if plain is tensor and not is_eager and not tensor.is_inference():
                     self._watched.append((tensor, tensor._version))
-                    what = (tensor.dtype, tensor.shape, tensor.stride(), tensor.data_ptr(), tensor._version)
+                    what = (native, tensor._version)
                 tensor = plain
-            if what is None or identity is None:
-                identity = None
-            else:
-                identity.append(what)
+            identity.append(what)
             self._held.append(tensor)
-            self.native.append(_native(tensor, is_eager))
-        self.has_eager = any(is_eager for _, _, _, is_eager, _, _ in self.native)
-        self.identity = identity
+            self.native.append(native)
+        self.identity = None if None in identity else identity
 
     def have_changed(self) -> bool:
         """Tell whether torch knows of a change in place. It does not know of all: fused optimizers, ``.data``, NumPy."""
