@@ -31,9 +31,16 @@ class Engine:
         """Claim memory for a snapshot of so many bytes, in the background."""
 
     def submit(
-        self, header: bytes, sources: Sequence[tuple[int, list[tuple[int, int]], int, bool, int, int]], keep: Any
+        self,
+        header: bytes,
+        sources: Sequence[tuple[int, list[tuple[int, int]], int, bool, int, int]],
+        keep: Any,
+        head_start_s: float = 0.0,
     ) -> Snapshot:
         """Begin to copy `sources` (see `sources.py`). `keep` is held.
+
+        Args:
+            head_start_s: begin so much later, unless a source is eager; who waits does not.
 
         Raises:
             OSError: the CUDA driver cannot be opened, or failed.

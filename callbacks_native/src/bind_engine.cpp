@@ -96,7 +96,8 @@ std::shared_ptr<Engine> make_engine(std::size_t pool_bytes, std::size_t slot_byt
     return engine;
 }
 
-PySnapshot submit(Engine& engine, const nb::bytes& header, const std::vector<SourceTuple>& tuples, nb::object keep) {
+PySnapshot submit(Engine& engine, const nb::bytes& header, const std::vector<SourceTuple>& tuples, nb::object keep,
+                  double head_start_s) {
     std::vector<Source> sources;
     sources.reserve(tuples.size());
     for (const auto& [address, dims, item_bytes, is_eager, device, stream] : tuples) {
@@ -108,7 +109,7 @@ PySnapshot submit(Engine& engine, const nb::bytes& header, const std::vector<Sou
     std::string header_text(header.c_str(), header.size());
     std::optional<Snapshot> snapshot = [&] {
         const nb::gil_scoped_release others_may_run;
-        return engine.submit(std::move(header_text), std::move(sources), failed);
+        return engine.submit(std::move(header_text), std::move(sources), failed, head_start_s);
     }();
     if (failed) raise(*failed);
     return PySnapshot(std::move(*snapshot), std::move(keep));
@@ -135,7 +136,8 @@ void bind_engine(nb::module_& module) {
              nb::arg("num_writers"), nb::arg("niceness"), nb::arg("cpus"), nb::arg("max_bytes_per_second"), nb::arg("direct"),
              nb::arg("checked_share"), nb::arg("cuda_library") = "libcuda.so.1")
         .def("prepare", &Engine::prepare, nb::arg("num_bytes"), nb::call_guard<nb::gil_scoped_release>())
-        .def("submit", &submit, nb::arg("header"), nb::arg("sources"), nb::arg("keep"))
+        .def("submit", &submit, nb::arg("header"), nb::arg("sources"), nb::arg("keep"),
+             nb::arg("head_start_s") = 0.0)
         .def("fence", &Engine::fence, nb::arg("within_s") = nb::none(), nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("num_slots", [](const Engine& engine) { return engine.pool().num_slots(); })
         .def_prop_ro("num_free_slots", [](const Engine& engine) { return engine.pool().num_free(); })

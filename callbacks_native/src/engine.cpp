@@ -58,6 +58,7 @@ struct Snapshot::Job {
     std::size_t num_eager = 0;       // slots
     std::vector<std::unique_ptr<CudaDriver::Event>> events;
     steady_clock::time_point submitted = steady_clock::now();
+    steady_clock::time_point copied_from = submitted;  // by copiers; those that wait for it need not mind
     OutputFile file;
 
     // Each written by the thread that copies the slot.
@@ -301,8 +302,9 @@ Engine::~Engine() {
 
 void Engine::prepare(std::size_t num_bytes) { pool_.prepare((num_bytes + settings_.slot_bytes - 1) / settings_.slot_bytes); }
 
-std::optional<Snapshot> Engine::submit(std::string header, std::vector<Source> sources, Status& failed) {
+std::optional<Snapshot> Engine::submit(std::string header, std::vector<Source> sources, Status& failed, double head_start_s) {
     auto job = std::make_shared<Job>(std::move(header), std::move(sources), settings_.slot_bytes);
+    if (job->num_eager == 0) job->copied_from += std::chrono::duration_cast<Clock::duration>(duration<double>(head_start_s));
     failed = use_devices(*job);
     if (failed) return {};
     prepare(job->stats.num_bytes);
@@ -343,7 +345,12 @@ void Engine::run_copier() {
     Lock lock(mutex_);
     while (!is_stopping_) {
         if (cuda_ && !devices) devices.emplace(cuda_);
-        if (!copy_one(lock, devices ? &*devices : nullptr)) changed_.wait(lock);
+        if (!copying_.empty() && Clock::now() < copying_.front()->copied_from) {
+            const auto when = copying_.front()->copied_from;  // the snapshot may be gone before the wait is over
+            changed_.wait_until(lock, when);
+        } else if (!copy_one(lock, devices ? &*devices : nullptr)) {
+            changed_.wait(lock);
+        }
     }
 }
 

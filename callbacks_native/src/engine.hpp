@@ -131,8 +131,9 @@ public:
     // Claim memory for a snapshot of so many bytes (at most the whole pool) in the background.
     void prepare(std::size_t num_bytes);
 
-    // Take a snapshot of sources of at least one byte each, and return at once.
-    std::optional<Snapshot> submit(std::string header, std::vector<Source> sources, Status& failed);
+    // Take a snapshot of sources of at least one byte each, and return at once. Copiers begin so many seconds later unless
+    // some of them are eager; whoever waits for the snapshot helps at once.
+    std::optional<Snapshot> submit(std::string header, std::vector<Source> sources, Status& failed, double head_start_s = 0);
 
     // Return true when every snapshot is staged: from here on the sources may change. False when the time is up first.
     bool fence(std::optional<double> within_s = {});

@@ -150,6 +150,31 @@ TEST(a_fence_right_after_submit_is_enough) {
     CHECK(are_all_slots_free(*engine));
 }
 
+TEST(copiers_give_the_caller_a_head_start_and_a_fence_does_not) {
+    const TemporaryFolder folder;
+    const auto engine = make_engine(small_settings(8));
+    Scene scene;
+    scene.add(10 * kib).add_view();
+    const Expected expected = scene.expected();
+    Status failed;
+    std::optional<Snapshot> late = engine->submit(scene.header, scene.sources, failed, 3600);
+    std::optional<Snapshot> gone = engine->submit(scene.header, scene.sources, failed, 3600);
+    gone.reset();
+    std::this_thread::sleep_for(milliseconds(50));
+    CHECK(!late->is_staged());
+    engine->fence();
+    CHECK(late->is_staged());
+    scene.change();
+    CHECK_EQUAL(code_of(late->attach(folder.path("late"))), 0);
+    check_finished(*late, folder.path("late"), expected);
+    std::optional<Snapshot> soon = engine->submit(scene.header, scene.sources, failed, 0.02);
+    CHECK(comes_true([&] { return soon->is_staged(); }));
+    std::optional<Snapshot> eager = engine->submit(scene.header, scene.add(5, true).sources, failed, 3600);
+    CHECK(comes_true([&] { return eager->is_staged(); }));
+    for (Snapshot* each : {&*soon, &*eager}) each->cancel();
+    CHECK(are_all_slots_free(*engine));
+}
+
 TEST(snapshots_overtake_each_other_without_harm) {
     const TemporaryFolder folder;
     const auto engine = make_engine(small_settings(40));

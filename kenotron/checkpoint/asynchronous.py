@@ -45,6 +45,8 @@ from kenotron.durable import copy_durably, fsync_directory
 
 #: How long an interpreter that ends without ``close`` waits for what is in flight.
 _EXIT_TIMEOUT_S = 600.0
+#: Ranks of a node call at the same time, and share its processors: copying begins when all of these calls have returned.
+_CALLS_OF_ALL_RANKS_S = 0.01
 #: How often a fence that waits lets Python handle signals.
 _SIGNALS_EVERY_S = 0.2
 
@@ -134,10 +136,13 @@ class PendingSave:
         """Tell whether it has come to its end, good or bad."""
         return self._ended.is_set()
 
-    def take(self, engine: Engine, layout: ShardLayout, num_fences: int, before: PendingSave | None) -> None:
+    def take(
+        self, engine: Engine, layout: ShardLayout, num_fences: int, before: PendingSave | None, head_start_s: float
+    ) -> None:
         """Begin to copy what the layout's entries hold.
 
         Args:
+            head_start_s: how much later than the call, unless a fence comes first.
             num_fences: that there have been; between two of them lazy tensors stay the same.
             before: the former save. Where all is the same, what it wrote is linked to, as when
                 ``ModelCheckpoint(save_last=True)`` saves each checkpoint under two names.
@@ -148,7 +153,7 @@ class PendingSave:
             self._same = before
             self._is_settled.set()
             return
-        self._snapshot = engine.submit(layout.header, sources.native, sources)
+        self._snapshot = engine.submit(layout.header, sources.native, sources, head_start_s)
         self._sources, self._has_eager = sources, sources.has_eager
 
     def wait_eager(self) -> None:
@@ -327,6 +332,7 @@ class Checkpointer:
             nodes=nodes,
         )
         pending = PendingSave(attempt)
+        head_start_s = _CALLS_OF_ALL_RANKS_S if world_size > 1 else 0.0
         refused: BaseException | None = None
         layout: ShardLayout | None = None
         try:
@@ -334,7 +340,7 @@ class Checkpointer:
                 with contextlib.suppress(OSError):  # the worker looks again, and its failures are told as `on_error` says
                     check_replaceable(attempt.path)
             layout = attempt.gather(tensors, state, rank_state, allow_pickle=allow_pickle, is_lazy=is_lazy)
-            pending.take(self._started(), layout, self._num_fences, self.last)
+            pending.take(self._started(), layout, self._num_fences, self.last, head_start_s)
         except Exception as error:  # the other ranks wait for this one: they are told, and this one raises
             refused = error
             pending.refuse(error)
@@ -350,6 +356,7 @@ class Checkpointer:
 
         def run() -> None:
             former: Path | None = None
+            time.sleep(head_start_s)
             try:
                 former = attempt.run(gathered, lambda file, _: pending.write(file, timeout_s))
             except BaseException as error:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from checkpoint_helpers import SaveOnRanks
 
-from kenotron.checkpoint import LocalTensor, load, manifest, save, writer
+from kenotron.checkpoint import LocalTensor, load, manifest, reports, save, writer
 
 
 @pytest.fixture
@@ -44,10 +44,12 @@ def save_on_ranks() -> SaveOnRanks:
 
 
 @pytest.fixture
-def small_chunks(monkeypatch: pytest.MonkeyPatch) -> int:
-    """Checksums for every 64 bytes and a staging buffer of 256, so that small tensors take every path; returns 64."""
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """Checksums for every 64 bytes and a staging buffer of 256, so that small tensors take every path; gives 64."""
     verify = sys.modules["kenotron.checkpoint.verify"]  # as an attribute of the package it is the function
-    for module in (load, manifest, verify, writer):
+    for module in (load, manifest, reports, verify, writer):
         monkeypatch.setattr(module, "CHUNK_BYTES", 64)
     monkeypatch.setattr(load, "_STAGING_BYTES", 256)
-    return 64
+    reports.merge.cache_clear()
+    yield 64
+    reports.merge.cache_clear()
