@@ -1,14 +1,15 @@
 """Checkpoints: what a save costs the training that goes on, and how soon it is durable, against every peer that PyPI has.
 
 1 GB in 300 tensors (parameters and Adam moments). A contestant runs in fresh processes, in each round after all the others:
-  1. idle: saves one after the other, nothing else to do: durable, CPU seconds, memory. The first save is told apart.
+  1. idle: saves one after the other, nothing else to do: durable, CPU seconds; the first save is told apart. Then memory, in
+     saves of its own, because to look at it takes time.
   2. training: steps of one second of compute on all cores, the fence, an update in place of the whole state. Steps with a
      save under way, until it is durable, against as many steps before and after it: return, stall, added.
   3. load: files put out of the page cache, into the tensors of the training; the values are checked.
 Durable means that files and directories are fsynced; where a contestant does not, we do it behind it, and count it. CPU is
-that of all threads and child processes; memory is anonymous and shared, beyond the state. Rows during which other programs
-used more than half a CPU are dropped when enough remain. What the disk can do (O_DIRECT, 2 threads, 16 MiB) is measured in
-between.
+that of all threads and child processes; memory is anonymous and shared, beyond the state. Python's garbage collector looks at
+nothing that was there before the first save, as is usual in pretraining. Rows during which other programs used more than half
+a CPU are dropped when enough remain. What the disk can do (O_DIRECT, 2 threads, 16 MiB) is measured in between.
 
     python bench/checkpoint.py [--quick] [--json FILE] [--only PATTERN ...] [--check] [--mb MB] [--ranks 1 4] [--rounds 3]
 """
@@ -92,7 +93,7 @@ def last_error(log: Path, code: int) -> str:
 def combined(found: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the rows of several ranks as one: the slowest counts; CPU and memory are those of all."""
     rows: dict[str, Any] = {"bytes": sum(each["bytes"] for each in found)}
-    for phase in ("idle", "training", "load"):
+    for phase in ("idle", "memory", "training", "load"):
         rows[phase] = [
             {key: (sum if key in ("cpu", "memory") else max)(row[key] for row in same) for key in same[0]}
             for same in zip(*(each[phase] for each in found), strict=True)
@@ -131,7 +132,7 @@ COLUMNS = {
     "cpu": ("idle", "CPU s", 1.0),
     "durable": ("idle", "durable s", 1.0),
     "durable in training": ("training", "in training s", 1.0),
-    "memory": ("idle", "memory MB", 1e-6),
+    "memory": ("memory", "memory MB", 1e-6),
     "load": ("load", "load s", 1.0),
 }
 TABLES = list(COLUMNS)[:5], list(COLUMNS)[5:]
@@ -140,9 +141,8 @@ TABLES = list(COLUMNS)[:5], list(COLUMNS)[5:]
 def figures(runs: Sequence[dict[str, Any]]) -> dict[str, Spread]:
     """Return the figures of a contestant from its runs; the first save of each process is left out."""
     idle = [row for run in runs for row in run["idle"][1:]]
-    training = [row for run in runs for row in run["training"]]
-    loads = [row for run in runs for row in run["load"]]
-    found = {key: spread({"idle": idle, "training": training, "load": loads}[phase], key.split()[0])
+    memory, training, loads = ([row for run in runs for row in run[phase]] for phase in ("memory", "training", "load"))
+    found = {key: spread({"idle": idle, "memory": memory, "training": training, "load": loads}[phase], key.split()[0])
              for key, (phase, _, _) in COLUMNS.items() if phase}  # fmt: skip
     found["return"] = spread(idle + training, "return")
     return {key: each for key, each in found.items() if each is not None}

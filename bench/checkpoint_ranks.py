@@ -121,7 +121,10 @@ class Rank:
 
     def run(self) -> dict[str, Any]:
         found: dict[str, Any] = {"bytes": self.state.num_bytes}
+        gc.collect()
+        gc.freeze()
         found["idle"] = [self._idle() for _ in range(self.spec["saves"])]
+        found["memory"] = [self._idle(memory=True) for _ in range(2)]
         found["training"] = list(self._training()) if self.spec["windows"] else []
         found["load"] = self._loads() if self.contestant.make is not Saver else []
         self.saver.close()
@@ -131,10 +134,10 @@ class Rank:
         self._count += 1
         return Save(self.saver, self.contestant, self.folder / f"save-{self._count}")
 
-    def _idle(self) -> Row:
+    def _idle(self, *, memory: bool = False) -> Row:
         gc.collect()
         self.ranks.wait_for_quiet(self.spec["patience"])
-        with Meter(memory=True) as meter:
+        with Meter(memory=memory) as meter:
             self.ranks.agree()
             save = self._begin()
             save.fence()
@@ -143,10 +146,14 @@ class Rank:
                 self.state.advance()  # as soon as it may
             save.finish()
         self._end(save)
-        return {
-            "return": save.return_s, "snapshot": snapshot_s, "durable": save.durable_s, "cpu": meter.cpu,
-            "memory": meter.peak - self._memory, "others": meter.others,
-        }  # fmt: skip
+        row = {
+            "return": save.return_s,
+            "snapshot": snapshot_s,
+            "durable": save.durable_s,
+            "cpu": meter.cpu,
+            "others": meter.others,
+        }
+        return row | ({"memory": meter.peak - self._memory} if memory else {})
 
     def _training(self) -> Iterator[Row]:
         compute = computation(self.spec, self.ranks.world)
