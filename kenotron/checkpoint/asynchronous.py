@@ -45,7 +45,7 @@ from kenotron.durable import copy_durably, fsync_directory
 
 #: How long an interpreter that ends without ``close`` waits for what is in flight.
 _EXIT_TIMEOUT_S = 600.0
-#: Ranks of a node call at the same time, and share its processors: copying begins when all of these calls have returned.
+#: Ranks of a node call at the same time, and share its processors: what goes on behind a call begins when all have returned.
 _CALLS_OF_ALL_RANKS_S = 0.01
 #: How often a fence that waits lets Python handle signals.
 _SIGNALS_EVERY_S = 0.2
