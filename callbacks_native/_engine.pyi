@@ -175,7 +175,6 @@ def read_pieces(
     num_threads: int = 0,
     direct: bool = True,
     stop_at_first_error: bool = True,
-    start: float = 0.0,
 ) -> ReadResult:
     """Fill the destinations of all pieces, checking every chunk before a byte of it is used.
 
@@ -189,9 +188,8 @@ def read_pieces(
         num_threads: 0 for as many as there are processors, but 2 to 4.
         direct: False reads through the page cache only.
         stop_at_first_error: False goes on and reports all errors.
-        start: with what part of the pieces to begin, at least 0 and below 1; processes that share some begin at different ones.
 
     Raises:
-        ValueError: a piece contradicts itself, or ``start`` is out of range.
+        ValueError: a piece contradicts itself.
         KeyboardInterrupt: or what else a signal handler raises meanwhile.
     """

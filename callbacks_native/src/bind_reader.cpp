@@ -40,9 +40,8 @@ bool has_python_raised() {
 }
 
 ReadResult read(nb::sequence files, const std::vector<Piece>& pieces, std::uint64_t chunk_bytes,
-                unsigned num_threads, bool direct, bool stop_at_first_error, double start) {
+                unsigned num_threads, bool direct, bool stop_at_first_error) {
     if (chunk_bytes == 0) throw nb::value_error("chunk_bytes must be positive");
-    if (!(start >= 0 && start < 1)) throw nb::value_error("start must be at least 0 and below 1");
     std::vector<std::string> paths;
     for (const nb::handle file : files) paths.push_back(path_of(file));
     for (std::size_t i = 0; i < pieces.size(); ++i) {
@@ -54,7 +53,6 @@ ReadResult read(nb::sequence files, const std::vector<Piece>& pieces, std::uint6
     options.num_threads = num_threads;
     options.direct = direct;
     options.stop_at_first_error = stop_at_first_error;
-    options.start = start;
     options.interrupted = has_python_raised;
     ReadResult result;
     {
@@ -105,7 +103,7 @@ void bind_reader(nb::module_& module) {
         .def_ro("seconds", &ReadResult::seconds);
 
     module.def("read_pieces", &read, "files"_a, "pieces"_a, nb::kw_only(), "chunk_bytes"_a, "num_threads"_a = 0u,
-               "direct"_a = true, "stop_at_first_error"_a = true, "start"_a = 0.0,
+               "direct"_a = true, "stop_at_first_error"_a = true,
                "Fill the destinations of all pieces, checking every chunk before a byte of it is used.");
 }
 

@@ -4,7 +4,8 @@
 //      tensors are a few reads, and a tensor of any size needs no more memory than one window per thread.
 //   3. Threads take windows one by one. A window that is in the page cache is copied from there, any other one is read
 //      past it into an aligned buffer: at the speed of the disk, for a tenth of the processor time. One that is shared
-//      goes through the page cache: processes that begin at different places read it from the disk once.
+//      goes through the page cache, and so much before it is taken the disk is asked for it: of processes that read the
+//      same, all in the same order, the first asks, and the disk goes on while all of them copy.
 //   4. A chunk has its checksum, or none of its bytes goes any further. Then its boxes are copied out of it.
 // An error is a value and stops all threads, unless all errors are asked for; then a window that cannot be read is
 // tried again chunk by chunk, so that one bad sector is not the end of its neighbours.
@@ -162,6 +163,12 @@ public:
 
     const std::string& path() const { return path_; }
 
+    // Has the disk bring the bytes from `begin` to `end` into the page cache, unless they are there.
+    void expect(std::uint64_t begin, std::uint64_t end) const {
+        if (!buffered_.is_open() || (residency_ && residency_->has(begin, end))) return;
+        buffered_.expect(begin, end - begin);
+    }
+
     // Reads the bytes from `begin` to `end`. `buffer` is aligned and has room for all aligned blocks that they touch:
     // its first byte is that of the block in which `begin` lies.
     Outcome read(std::uint64_t begin, std::uint64_t end, bool shared, std::byte* buffer) const {
@@ -169,9 +176,7 @@ public:
         const std::uint64_t block = block_of(begin);
         std::uint64_t position = begin;
         const bool cached = residency_ && residency_->has(begin, end);
-        if (!cached && shared) {
-            buffered_.expect(begin, end - begin);
-        } else if (!cached && direct_ && direct_->is_open()) {
+        if (!cached && !shared && direct_ && direct_->is_open()) {
             const auto [num_bytes, code] = read_direct(block, round_up(end) - block, buffer);
             position = std::clamp(block + num_bytes, begin, end);
             if (code != 0) return {position - begin, code, false};
@@ -221,19 +226,27 @@ struct Chunk {
     std::uint64_t file_end() const { return wanted->piece->begin + end; }
 };
 
+// Bytes of a file that are shared, and wanted soon.
+struct Ahead {
+    std::shared_ptr<const File> file;
+    std::uint64_t begin;
+    std::uint64_t end;
+};
+
 struct Window {
     std::shared_ptr<const File> file;
     std::uint64_t begin = 0;  // in the file
     std::uint64_t end = 0;
     std::vector<Chunk> chunks;
+    std::vector<Ahead> ahead;  // to be asked for before the window is read; it may be among them
 
     bool is_shared() const {
         return std::ranges::any_of(chunks, [](const Chunk& chunk) { return chunk.wanted->piece->shared; });
     }
 };
 
-// In the order of the files, beginning at `start`, a part of all.
-std::vector<Wanted> sort_by_place(std::span<const Piece> pieces, double start) {
+// In the order of the files.
+std::vector<Wanted> sort_by_place(std::span<const Piece> pieces) {
     std::vector<Wanted> sorted;
     sorted.reserve(pieces.size());
     for (const Piece& piece : pieces) {
@@ -246,8 +259,6 @@ std::vector<Wanted> sort_by_place(std::span<const Piece> pieces, double start) {
     }
     const auto place = [](const Wanted& wanted) { return std::pair(wanted.piece->file, wanted.piece->begin); };
     std::ranges::stable_sort(sorted, {}, place);
-    const auto first = static_cast<std::ptrdiff_t>(start * static_cast<double>(sorted.size()));
-    std::ranges::rotate(sorted, sorted.begin() + first);
     return sorted;
 }
 
@@ -256,13 +267,14 @@ std::vector<Wanted> sort_by_place(std::span<const Piece> pieces, double start) {
 class Windows {
 public:
     Windows(std::span<const std::string> files, std::span<const Piece> pieces, const ReadOptions& options)
-        : files_(files), options_(options), wanted_(sort_by_place(pieces, options.start)) {}
+        : files_(files), options_(options), wanted_(sort_by_place(pieces)) {}
 
     // Puts the next window into `window`; false when there are no more. Called by any thread.
     bool take(Window& window) {
         const std::lock_guard lock(mutex_);
         window.chunks.clear();
-        while (upcoming_ || (upcoming_ = find_chunk())) {
+        window.ahead.clear();
+        while (upcoming_ || (upcoming_ = find_chunk(next_))) {
             if (window.chunks.empty()) {
                 window.begin = window.end = upcoming_->file_begin();
             } else if (!continues(window, *upcoming_)) {
@@ -270,28 +282,58 @@ public:
             }
             window.end = std::max(window.end, upcoming_->file_end());
             window.chunks.push_back(*upcoming_);
+            taken_bytes_ += upcoming_->end - upcoming_->begin;
             upcoming_.reset();
         }
         if (window.chunks.empty()) return false;
-        window.file = open(window.chunks.front().wanted->piece->file);
+        window.file = open(window.chunks.front().wanted->piece->file, reading_);
+        look_ahead(window);
         return true;
     }
 
 private:
-    std::optional<Chunk> find_chunk() {
-        for (; piece_ < wanted_.size(); ++piece_, position_ = 0) {
-            const Wanted& wanted = wanted_[piece_];
+    // What lies before it was handed out.
+    struct Cursor {
+        std::size_t piece = 0;
+        std::uint64_t position = 0;  // in the piece
+    };
+
+    // A file that is open now.
+    struct Open {
+        std::shared_ptr<const File> file;
+        std::size_t index = 0;
+    };
+
+    std::optional<Chunk> find_chunk(Cursor& cursor) const {
+        for (; cursor.piece < wanted_.size(); ++cursor.piece, cursor.position = 0) {
+            const Wanted& wanted = wanted_[cursor.piece];
             std::optional<std::uint64_t> nearest;
             for (const Box& box : wanted.boxes) {
-                const std::optional<std::uint64_t> next = box.next(position_);
+                const std::optional<std::uint64_t> next = box.next(cursor.position);
                 if (next) nearest = std::min(*next, nearest.value_or(*next));
             }
             if (!nearest) continue;
             const std::uint64_t begin = *nearest / options_.chunk_bytes * options_.chunk_bytes;
-            position_ = begin + std::min(options_.chunk_bytes, wanted.piece->num_bytes - begin);
-            return Chunk{&wanted, begin, position_};
+            cursor.position = begin + std::min(options_.chunk_bytes, wanted.piece->num_bytes - begin);
+            return Chunk{&wanted, begin, cursor.position};
         }
         return std::nullopt;
+    }
+
+    // Finds what is shared of the next `ahead_bytes` behind what was taken.
+    void look_ahead(Window& window) {
+        while (expected_bytes_ < taken_bytes_ + options_.ahead_bytes) {
+            const std::optional<Chunk> chunk = find_chunk(ahead_);
+            if (!chunk) return;
+            expected_bytes_ += chunk->end - chunk->begin;
+            if (!chunk->wanted->piece->shared) continue;
+            const std::shared_ptr<const File> file = open(chunk->wanted->piece->file, expecting_);
+            if (!window.ahead.empty() && window.ahead.back().file == file && window.ahead.back().end == chunk->file_begin()) {
+                window.ahead.back().end = chunk->file_end();
+            } else {
+                window.ahead.push_back({file, chunk->file_begin(), chunk->file_end()});
+            }
+        }
     }
 
     bool continues(const Window& window, const Chunk& chunk) const {
@@ -300,23 +342,26 @@ private:
                chunk.file_end() <= window.begin + options_.window_bytes;
     }
 
-    std::shared_ptr<const File> open(std::size_t file) {
-        if (!file_ || open_ != file) {
-            file_ = std::make_shared<const File>(files_[file], options_.direct);
-            open_ = file;
+    std::shared_ptr<const File> open(std::size_t index, Open& open) const {
+        if (open.file && open.index == index) return open.file;
+        for (const Open& other : {reading_, expecting_}) {
+            if (other.file && other.index == index) return (open = other).file;
         }
-        return file_;
+        open = {std::make_shared<const File>(files_[index], options_.direct), index};
+        return open.file;
     }
 
     const std::span<const std::string> files_;
     const ReadOptions& options_;
     const std::vector<Wanted> wanted_;
     std::mutex mutex_;
-    std::size_t piece_ = 0;
-    std::uint64_t position_ = 0;  // in the piece: what lies before it was handed out
+    Cursor next_;
+    Cursor ahead_;
+    std::uint64_t taken_bytes_ = 0;
+    std::uint64_t expected_bytes_ = 0;  // that `ahead_` has passed
     std::optional<Chunk> upcoming_;
-    std::shared_ptr<const File> file_;
-    std::size_t open_ = 0;
+    Open reading_;
+    Open expecting_;
 };
 
 // ---- Threads --------------------------------------------------------------------------------------------------------
@@ -375,13 +420,14 @@ public:
 
 private:
     void read(const Window& window, std::byte* buffer) {
+        for (const Ahead& ahead : window.ahead) ahead.file->expect(ahead.begin, ahead.end);
         const Outcome outcome = window.file->read(window.begin, window.end, window.is_shared(), buffer);
         num_bytes_ += outcome.num_bytes;
         if (outcome.cached) cached_bytes_ += outcome.num_bytes;
         if (outcome.num_bytes < window.end - window.begin) {
             if (!options_.stop_at_first_error && window.chunks.size() > 1) {
                 for (const Chunk& chunk : window.chunks) {
-                    read({window.file, chunk.file_begin(), chunk.file_end(), {chunk}}, buffer);
+                    read({window.file, chunk.file_begin(), chunk.file_end(), {chunk}, {}}, buffer);
                 }
                 return;
             }
@@ -464,7 +510,7 @@ std::string_view find_flaw(const Piece& piece, std::size_t num_files, std::uint6
 }
 
 ReadResult read_pieces(std::span<const std::string> files, std::span<const Piece> pieces, const ReadOptions& options) {
-    assert(options.chunk_bytes > 0 && options.window_bytes > 0 && options.start >= 0 && options.start < 1);
+    assert(options.chunk_bytes > 0 && options.window_bytes > 0);
     assert(std::ranges::all_of(pieces, [&](const Piece& piece) {
         return find_flaw(piece, files.size(), options.chunk_bytes).empty();
     }));

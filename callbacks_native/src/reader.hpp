@@ -38,7 +38,7 @@ struct ReadOptions {
     std::uint64_t gap_bytes = 128 << 10;   // unwanted bytes that are read through rather than skipped
     unsigned num_threads = 0;              // 0: as many as there are processors, but 2 to 4
     bool direct = true;                    // past the page cache, where the file system can and it holds nothing
-    double start = 0;  // with what part of the pieces to begin, from 0 to 1, and go round: those who share, each elsewhere
+    std::uint64_t ahead_bytes = 32 << 20;  // how much of what is shared the disk is asked for beforehand
     bool stop_at_first_error = true;
     std::function<bool()> interrupted;  // asked by the calling thread every now and then; true: read no further
 };

@@ -191,25 +191,33 @@ TEST(what_is_shared_stays_in_the_page_cache_for_the_others) {
     CHECK_EQUAL(read_pieces({{file.path()}}, {{piece}}, options).cached_bytes, piece.num_bytes);
 }
 
-TEST(reading_begins_with_the_part_that_was_asked_for_and_goes_round) {
-    const Bytes content = random_bytes(40'000);
-    const TemporaryFile file(content);
-    std::vector<Piece> pieces;
-    std::vector<Bytes> destinations(4);
-    for (std::size_t i = 0; i < 4; ++i) {
-        pieces.push_back(make_piece(content, i * 10'000, 10'000));
-        want_all(pieces[i], destinations[i]);
-    }
-    std::ranges::reverse(pieces);  // their places count, not this order
-    file.flip_bit(1'500);          // in the second chunk of the first
-    ReadOptions options = small_options();
-    options.num_threads = 1;
-    for (const std::size_t first : {0u, 1u, 3u}) {
-        for (Bytes& destination : destinations) std::ranges::fill(destination, std::byte{0});
-        options.start = static_cast<double>(first) / 4;
-        CHECK_EQUAL(read_pieces({{file.path()}}, pieces, options).errors.size(), 1u);
-        for (std::size_t i = 1; i < 4; ++i) {  // all from there to the end of the file came before the damage
-            CHECK_EQUAL(has(destinations[i], content, i * 10'000), first != 0 && i >= first);
+// Pieces that are shared between ones that are not, in two files: each is asked for beforehand, and read once.
+TEST(what_is_asked_for_beforehand_is_what_is_shared) {
+    const Bytes content = random_bytes(6 << 20);
+    const TemporaryFile first(content), second(content);
+    if (!first.is_on_a_disk()) return;
+    constexpr std::size_t length = 1 << 20;
+    for (const std::uint64_t ahead : {std::uint64_t{0}, std::uint64_t{1}, std::uint64_t{3} << 20, std::uint64_t{1} << 40}) {
+        std::vector<Piece> pieces;
+        std::vector<Bytes> destinations(12);
+        for (std::size_t i = 0; i < 12; ++i) {
+            pieces.push_back(make_piece(content, i % 6 * length, length));
+            pieces[i].file = i / 6;
+            pieces[i].shared = i % 3 != 0;
+            want_all(pieces[i], destinations[i]);
+        }
+        if (!first.put_out_of_the_page_cache() || !second.put_out_of_the_page_cache()) return;
+        ReadOptions options = small_options();
+        options.window_bytes = length;
+        options.ahead_bytes = ahead;
+        const ReadResult result = read_pieces({{first.path(), second.path()}}, pieces, options);
+        CHECK(result.errors.empty());
+        CHECK_EQUAL(result.num_bytes, 2 * content.size());
+        for (std::size_t i = 0; i < 12; ++i) CHECK(has(destinations[i], content, i % 6 * length));
+        pieces[1].targets.clear();
+        for (std::size_t i = 0; i < 12; ++i) {
+            const ReadResult again = read_pieces({{first.path(), second.path()}}, {{pieces[i]}}, options);
+            CHECK(!pieces[i].shared || again.cached_bytes == length);
         }
     }
 }

@@ -44,7 +44,6 @@ Source = str | os.PathLike[str] | Manifest
 _STAGING_BYTES = 256 << 20
 #: Where parts begin in the staging buffer: at a multiple of any item's size.
 _STAGING_ALIGNMENT = 64
-_GOLDEN_RATIO = (5**0.5 - 1) / 2
 _MERGE = "Load on the layout that saved it, or bring the parts together: kenotron checkpoint merge OUT PART..."
 
 
@@ -289,8 +288,7 @@ def _read(manifest: Manifest, parts: Sequence[_Part]) -> None:
             strides = [stride * part.dtype.itemsize for stride in part.target.stride()]
             piece.add_target(offset=part.box.offset, shape=part.box.shape, address=part.target.data_ptr(), strides=strides)
         pieces.append(piece)
-    start = os.getpid() * _GOLDEN_RATIO % 1  # far apart, however the ranks' processes are numbered
-    result = read_pieces([manifest.path / file for file in files], pieces, chunk_bytes=CHUNK_BYTES, start=start)
+    result = read_pieces([manifest.path / file for file in files], pieces, chunk_bytes=CHUNK_BYTES)
     for error in result.errors:
         raise exception_of(error, wanted[error.piece][0].name)
 
