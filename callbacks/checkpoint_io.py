@@ -89,10 +89,11 @@ class AsyncCheckpointIO(CheckpointIO):
         """Return a whole checkpoint, its tensors on the CPU; of this format, or a file of Lightning's.
 
         Raises:
-            CheckpointError: it is damaged, or something in it is a pickle and ``allow_pickle`` is False.
+            CheckpointError: it is damaged or none, or something in it is a pickle and ``allow_pickle`` is False.
         """
         self.checkpointer.wait()
         if not checkpoints.is_checkpoint(path):
+            checkpoints.check_torch_file(path)
             loaded: dict[str, Any] = TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)
             return loaded
         manifest = checkpoints.read_manifest(path)

@@ -25,7 +25,15 @@ from kenotron.checkpoint.errors import (
 )
 from kenotron.checkpoint.format import LocalTensor, Piece
 from kenotron.checkpoint.load import load_into, load_rank_state, load_state, load_state_dict
-from kenotron.checkpoint.manifest import Manifest, NodePart, StoredPiece, StoredTensor, is_checkpoint, read_manifest
+from kenotron.checkpoint.manifest import (
+    Manifest,
+    NodePart,
+    StoredPiece,
+    StoredTensor,
+    check_torch_file,
+    is_checkpoint,
+    read_manifest,
+)
 from kenotron.checkpoint.meeting import remove_leftovers
 from kenotron.checkpoint.merge import merge
 from kenotron.checkpoint.nodes import Nodes, check_sharing, common_path, recover
@@ -70,6 +78,7 @@ __all__ = [
     "VerifyReport",
     "VersionTooNewError",
     "check_sharing",
+    "check_torch_file",
     "common_path",
     "is_checkpoint",
     "load_into",

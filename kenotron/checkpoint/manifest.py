@@ -216,6 +216,18 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
         return False
 
 
+def check_torch_file(path: str | os.PathLike[str]) -> None:
+    """Raise ``NotACheckpointError`` where what stands at ``path`` does not begin as files of ``torch.save`` do."""
+    if not Path(path).exists():
+        return
+    if Path(path).is_dir():
+        _check_published(Path(path))
+    with open(path, "rb") as file:
+        start = file.read(4)
+    if start != b"PK\x03\x04" and start[:1] != b"\x80":  # an archive; before torch 1.6 pickles
+        raise NotACheckpointError(f"{path} is not a checkpoint: neither a directory of this format nor a file of torch.save's")
+
+
 def read_manifest(path: str | os.PathLike[str], *, check_files: bool = True) -> Manifest:
     """Read and check the manifest of a published checkpoint.
 

@@ -7,7 +7,7 @@ import os
 import sys
 from pathlib import Path
 
-from kenotron.checkpoint import CheckpointError, is_checkpoint, load_state, read_manifest
+from kenotron.checkpoint import CheckpointError, check_torch_file, is_checkpoint, load_state, read_manifest
 
 #: In Lightning's dictionary, beside the loops and the callbacks.
 CONFIG_KEY = "kenotron_config"
@@ -37,6 +37,7 @@ def stored_config(path: str | os.PathLike[str]) -> str:
     if Path(path).is_file():
         import torch
 
+        check_torch_file(path)
         saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         found = saved.get(CONFIG_KEY) if isinstance(saved, dict) else None
     else:

@@ -37,7 +37,7 @@ def generate(
         seed: for sampling; ``None``: torch's generator as it is, which must be alike on all ranks.
 
     Raises:
-        ValueError: no prompts, or settings out of range.
+        ValueError: no prompts, settings out of range, or a tokenizer of a larger vocabulary than the model's.
     """
     check_settings(prompts, max_new_tokens, temperature, top_k, top_p)
     if tokenizer.pad_token is None:
@@ -45,6 +45,12 @@ def generate(
         tokenizer.pad_token = tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     device = next(model.parameters()).device
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left").to(device)
+    largest, vocab_size = int(batch["input_ids"].max()), model.config.get_text_config().vocab_size
+    if largest >= vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {largest}, and the model's vocabulary ends at {vocab_size - 1}. "
+            "Take the tokenizer of this model."
+        )
     samples = not (temperature is None and top_k is None and top_p is None)
     how: dict[str, Any] = {"temperature": 1.0, "top_k": 0, "top_p": 1.0} if samples else {}
     how |= {key: x for key, x in {"temperature": temperature, "top_k": top_k, "top_p": top_p}.items() if x is not None}

@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from kenotron.models.head import Head
 from kenotron.models.layers import FusedLinear
+from kenotron.parallel.cut import AbsentParameter
 from kenotron.parallel.plan import transformers_models
 from kenotron.parallel.shards import canonical
 
@@ -81,7 +81,7 @@ def find_weights(root: nn.Module) -> list[Weight]:
                 lr_scale=module.__dict__.get(LR_SCALES, {}).get(key, 1.0),
             )  # fmt: skip
             found[name] = _merged(found[name], weight) if name in found else weight
-    if done is None and any(_is_absent(weight.param) for weight in found.values()):
+    if done is None and any(isinstance(weight.param, AbsentParameter) for weight in found.values()):
         raise ValueError(
             f"{type(root).__name__} is a part of a module that is split into pipeline stages, where names of tied weights are "
             "not known. Pass the LightningModule itself: parameter_groups(self, ...)."
@@ -94,11 +94,6 @@ def _merged(one: Weight, other: Weight) -> Weight:
     kind = next((k for k in ("embedding", "norm", "bias", "head") if k in (one.kind, other.kind)), one.kind)
     param = other.param if one.param.numel() == 0 and other.param.numel() else one.param
     return replace(one, param=param, kind=kind, uses=(*one.uses, *other.uses))
-
-
-def _is_absent(param: nn.Parameter) -> bool:
-    """Tell whether a parameter stands for one of another stage (see ``shards.empty_parameter``)."""
-    return param.ndim > 0 and param.shape[0] == 0 and not isinstance(param, DTensor)
 
 
 def _transformers_heads(root: nn.Module) -> set[nn.Module]:

@@ -23,7 +23,7 @@ from kenotron.layout import ParallelLayout
 from kenotron.parallel import expert, init, overlap, pipeline, sequence, stages, tensor
 from kenotron.parallel._torch import flatten
 from kenotron.parallel.context import ContextKind, ContextParallel
-from kenotron.parallel.cut import Cut
+from kenotron.parallel.cut import AbsentParameter, Cut
 from kenotron.parallel.data import FullySharded, GradientReducer, SharedBuffers, layers_to_shard
 from kenotron.parallel.expert import ExpertParallel
 from kenotron.parallel.expert_load import ExpertLoads
@@ -32,7 +32,7 @@ from kenotron.parallel.grads import GradientNorm, OwedSums
 from kenotron.parallel.plan import ParallelPlan, find_plan, pipeline_hints
 from kenotron.parallel.random import OwnStream
 from kenotron.parallel.recompute import Recompute, compile_blocks
-from kenotron.parallel.shards import Shards, canonical, empty_parameter
+from kenotron.parallel.shards import Shards, canonical
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -245,7 +245,7 @@ def _drop_other_stages(done: Parallelized) -> None:
         for key, param in list(module._parameters.items()):
             name = canonical(f"{prefix}.{key}" if prefix else key)
             if param is not None and done.cut.is_elsewhere(name):
-                module._parameters[key] = empty_parameter(param)
+                module._parameters[key] = AbsentParameter.like(param)
                 done.shards.absent[name] = tuple(param.shape)
 
 

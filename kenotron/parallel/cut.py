@@ -11,7 +11,8 @@ Every stage keeps the whole module tree: names, attributes and ``isinstance`` ne
 
 Nothing but the output of a stage's last unit travels. A step that carries more past it (a residual connection around the
 blocks) would go on with a placeholder's zeros; the first flight of each shape therefore has NaN for them, which no own unit
-may get.
+may get. What comes after the last block must not use them either: there the loss's graph tells, in the first training flight.
+Nor may a step compute with weights of other stages: an ``AbsentParameter`` stands for each.
 
 The cut is at the *output* of a unit, outside of ``__call__`` and so outside of every hook, compiled graph and
 recompute wrapper on it. While a recomputed block runs again in the backward pass no microbatch flies, and units just run.
@@ -21,11 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
+from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
+
+from kenotron.parallel.shards import canonical
 
 
 class StageExit(BaseException):
@@ -76,6 +79,7 @@ class Flight:
         received: what the stage before sent, as its last unit returned it; ``None`` on the first stage.
         on_enter: called once, before the first own unit runs (the random streams change there).
         is_trial: find out whether a placeholder's numbers come to own units; it ends before the last of all blocks.
+        is_traced: find out whether what the step returns depends on a placeholder.
         with_grad: whether gradients are recorded where the flight starts.
     """
 
@@ -84,10 +88,12 @@ class Flight:
     on_enter: Callable[[], None] | None = None
     with_grad: bool = field(default_factory=torch.is_grad_enabled)
     is_trial: bool = False
+    is_traced: bool = False
     taken: bool = False
     _called: set[str] = field(default_factory=set)
     _placeholders: dict[bool, Any] = field(default_factory=dict)
     _is_finite: bool = True  # own units have returned no NaN so far
+    _origin: Tensor | None = None  # what placeholders are made of, where they are traced
 
     def take(self) -> Any:
         """Return the received activation, once."""
@@ -121,7 +127,13 @@ class Flight:
     def _filled(self, like: Tensor) -> Tensor:
         if self.is_trial and like.is_floating_point():
             return torch.full_like(like, torch.nan, requires_grad=False)
-        return torch.zeros_like(like, requires_grad=False)
+        zeros = torch.zeros_like(like, requires_grad=False)
+        if self.is_traced and like.is_floating_point():
+            with torch.enable_grad():
+                if self._origin is None:
+                    self._origin = torch.zeros((), device=like.device, requires_grad=True)
+                return zeros + self._origin.to(like.dtype)
+        return zeros
 
     def enter(self) -> None:
         if self.on_enter is not None:
@@ -137,6 +149,15 @@ class Flight:
                 "blocks inside of them, let blocks return all that later ones need, or set pp=1."
             )
 
+    def check_result(self, result: Any) -> None:
+        """Raise ``ValueError`` where the loss was computed from a placeholder."""
+        if self._origin is not None and isinstance(result, Tensor) and _leads_to(result, self._origin):
+            raise ValueError(
+                "the loss depends on what an earlier pipeline stage computed, other than what that stage's last block returned "
+                "(losses of each block that are summed, a connection from the embedding to the head). Nothing else travels "
+                "between stages: let each block take it, add its own and return it beside the hidden state, or set pp=1."
+            )
+
     def note_output(self, output: Any) -> None:
         """Look at what an own unit made: a NaN of its own says nothing of placeholders."""
         self._is_finite = self._is_finite and not has_nan(output)
@@ -146,6 +167,20 @@ def has_nan(value: Any) -> bool:
     """Return whether there is a NaN in the tensors of ``value``; the host waits for them."""
     tensors = (leaf for leaf in tree_flatten(value)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
     return any(bool(tensor.isnan().any()) for tensor in tensors)
+
+
+def _leads_to(result: Tensor, leaf: Tensor) -> bool:
+    """Return whether the graph of ``result`` has ``leaf`` in it."""
+    pending, seen = [result.grad_fn], set()
+    while pending:
+        node = pending.pop()
+        if node is None or node in seen:
+            continue
+        if getattr(node, "variable", None) is leaf:
+            return True
+        seen.add(node)
+        pending.extend(following for following, _ in node.next_functions)
+    return False
 
 
 def _called_twice() -> ValueError:
@@ -205,19 +240,61 @@ class Cut:
             ``(True, output of the stage's last unit)`` where the step left at the boundary, ``(False, what step returned)``
             where it ran to its end.
         """
-        self.flight = flight
+        self.flight, AbsentParameter.cut = flight, self
         try:
             result = step()
         except StageExit as leaving:
             return True, leaving.value
         finally:
-            self.flight = None
+            self.flight = AbsentParameter.cut = None
         if flight.stage < self.num_stages - 1 or (flight.stage > 0 and not flight.taken):
             raise ValueError(
                 f"the step returned without running {self.blocks!r}. With pp > 1 every step must call the pipelined module "
                 "(on every rank): return None only after it, or set pp=1."
             )
+        flight.check_result(result)
         return False, result
+
+    def refuse(self, param: AbsentParameter) -> ValueError:
+        """Return the error of a step that computes with a weight of another stage."""
+        named = self.root.named_parameters(remove_duplicate=False)
+        name = next((repr(canonical(name)) for name, found in named if found is param), "a copy of a weight")
+        assert self.flight is not None
+        return ValueError(
+            f"the step computes with {name} while pipeline stage {self.flight.stage} runs, which does not have it. Use weights "
+            "by calling the modules that hold them: tie a head by giving it the parameter (head.weight = embed.weight), "
+            "leave penalties on weights to the optimizer's weight decay, or set pp=1."
+        )
+
+
+class AbsentParameter(nn.Parameter):
+    """Stands for a parameter of another stage: it has no elements, and a step that computes with it gets an error.
+
+    Same dtype, number of dimensions and ``requires_grad``: rules which group parameters by name or by ``ndim`` give the same
+    groups on every stage, and an optimizer never has an empty list.
+    """
+
+    #: the one through which a microbatch flies now
+    cut: ClassVar[Cut | None] = None
+
+    @staticmethod
+    def like(param: nn.Parameter) -> AbsentParameter:
+        shape = (0, *param.shape[1:]) if param.ndim else (0,)
+        return AbsentParameter(torch.empty(shape, dtype=param.dtype, device="cpu"), requires_grad=param.requires_grad)
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        computes = cls.cut is not None and func.__name__ not in ("__get__", "detach")
+        try:
+            out = torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
+        except (RuntimeError, IndexError):  # of its shape
+            if not computes:
+                raise
+        else:
+            if not computes or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+                return out
+        assert cls.cut is not None
+        raise cls.cut.refuse(next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))) from None
 
 
 @dataclass(frozen=True)

@@ -143,6 +143,7 @@ class Pipeline:
         self._schedules: OrderedDict[Hashable, Any] = OrderedDict()
         self._step: Callable[[int], Tensor] | None = None
         self._backwards_left = 0
+        self._new: set[int] = set()  # the first microbatch of each shape that this step is the first to have
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -161,8 +162,10 @@ class Pipeline:
             probe: runs the user's step on microbatch ``i`` with no trace: no logs, no gradients.
             batch: returns the tensors of microbatch ``i``.
         """
+        self._new = set()
         for i, key in enumerate(keys):
             if key not in self._metas:
+                self._new.add(i)
                 self._metas[key] = self._probe(functools.partial(probe, i), tries=not has_nan(batch(i)))
         schedule = self._schedule(tuple(keys))
         indices = torch.arange(len(keys))
@@ -180,7 +183,11 @@ class Pipeline:
 
         def run() -> Any:
             value = None if meta.received is None else meta.received.rebuild(received)
-            left, result = self.cut.fly(Flight(stage=stage, received=value, on_enter=self.on_enter), lambda: step(index))
+            flight = Flight(
+                stage=stage, received=value, on_enter=self.on_enter,
+                is_traced=index in self._new and stage == self.cut.num_stages - 1,
+            )  # fmt: skip
+            left, result = self.cut.fly(flight, lambda: step(index))
             if not left:
                 return result
             assert meta.sent is not None

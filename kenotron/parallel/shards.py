@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,16 +89,6 @@ class Shards:
         self.by_name = {name_of(name): shard for name, shard in self.by_name.items()}
         self.partial = {name_of(name) for name in self.partial}
         self.shared_kv = {name_of(name) for name in self.shared_kv}
-
-
-def empty_parameter(param: nn.Parameter) -> nn.Parameter:
-    """Return a parameter without elements that stands for ``param`` where another stage owns it.
-
-    Same dtype, number of dimensions and ``requires_grad``: rules which group parameters by name or by ``ndim`` give the same
-    groups on every stage, and an optimizer never has an empty list.
-    """
-    shape = (0, *param.shape[1:]) if param.ndim else (0,)
-    return nn.Parameter(torch.empty(shape, dtype=param.dtype, device="cpu"), requires_grad=param.requires_grad)
 
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")

@@ -106,6 +106,9 @@ class TokenDataBase(_DataModule):
         for name, value in numbers.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value}: set it to 1 or more.")
+        for name, named in {"corpora": corpora, "validation": validation or {}}.items():
+            if not isinstance(named, Mapping):
+                raise ValueError(f"{name}={named!r} has no names: give each corpus one, as {{'web': 'data/web'}}.")
         if not corpora:
             raise ValueError("corpora is empty: name at least one, as {'web': 'data/web'}.")
         unknown = sorted({*(weights or {}), *(name for stage in stages for name in stage.corpora or {})} - set(corpora))

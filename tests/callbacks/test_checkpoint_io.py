@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import kenotron
 from kenotron.callbacks import AsyncCheckpointIO
-from kenotron.checkpoint import EngineSettings, SaveFailedError, is_checkpoint, load_state_dict
+from kenotron.checkpoint import EngineSettings, NotACheckpointError, SaveFailedError, is_checkpoint, load_state_dict
 from kenotron.testing import RankPool
 
 #: Slow enough that a save is still in flight when the next step comes.
@@ -192,6 +192,19 @@ def test_outside_of_fit_a_save_is_there_when_the_call_returns(tmp_path: Path) ->
 def test_urls_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="directories on a file system"):
         AsyncCheckpointIO().save_checkpoint({"state_dict": {}}, "s3://bucket/a")
+
+
+def test_what_is_no_checkpoint_is_told(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("model: small\n")
+    (tmp_path / "empty.ckpt").touch()
+    for path in (tmp_path / "a.yaml", tmp_path / "empty.ckpt", tmp_path):
+        with pytest.raises(NotACheckpointError, match="is not a checkpoint"):
+            AsyncCheckpointIO().load_checkpoint(path)
+    with pytest.raises(FileNotFoundError):
+        AsyncCheckpointIO().load_checkpoint(tmp_path / "nowhere")
+    for legacy in (False, True):
+        torch.save({"epoch": 3}, tmp_path / "torch.ckpt", _use_new_zipfile_serialization=not legacy)
+        assert AsyncCheckpointIO().load_checkpoint(tmp_path / "torch.ckpt") == {"epoch": 3}
 
 
 def test_the_twin_package_takes_it_too(tmp_path: Path) -> None:

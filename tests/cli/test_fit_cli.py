@@ -127,6 +127,8 @@ def test_a_checkpoint_without_a_configuration_is_told(folder: Path, capsys: pyte
     assert main(["checkpoint", "config", "other"]) == 2
     assert "other holds no configuration" in capsys.readouterr().err
     assert main(["checkpoint", "config", "nowhere"]) == 2
+    assert main(["checkpoint", "config", "x.yaml"]) == 2
+    assert "x.yaml is not a checkpoint" in capsys.readouterr().err
 
 
 def test_strategies_come_by_name_settings_or_class(folder: Path) -> None:

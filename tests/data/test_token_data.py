@@ -234,6 +234,8 @@ def test_a_past_that_was_another_is_refused(change: Any, says: str, tmp_path: Pa
     ("data", "trainer", "says"),
     [
         ({"corpora": {}}, {}, "corpora is empty"),
+        ({"corpora": "data/web"}, {}, "corpora='data/web' has no names"),
+        ({"validation": ["data/web"]}, {}, "validation=.* has no names"),
         ({"sequence_length": 0}, {}, "sequence_length=0"),
         ({"global_batch_size": 0}, {}, "global_batch_size=0"),
         ({"weights": {"c": 1.0}}, {}, "c has a weight, but the corpora are a, b"),

@@ -108,6 +108,7 @@ def test_bad_input_is_told(tmp_path, capfd):
     from kenotron.cli import main
 
     make_directory(tmp_path, "llama")
+    make_directory(tmp_path / "smaller", "llama", vocab_size=8)
     for options, text in [
         (["--max-new-tokens=0"], "max_new_tokens=0"),
         (["--temperature=0"], "temperature=0.0: set it above 0"),
@@ -118,5 +119,7 @@ def test_bad_input_is_told(tmp_path, capfd):
     ]:
         assert main(["generate", str(tmp_path), "--prompt=t5", *options]) == 1
         assert text in capfd.readouterr().err
+    assert main(["generate", str(tmp_path / "smaller"), "--prompt=t5 t9"]) == 1
+    assert "the tokenizer gives token 9, and the model's vocabulary ends at 7" in capfd.readouterr().err
     assert main(["generate", str(tmp_path / "none"), "--prompt=t5"]) == 1
     assert "none" in capfd.readouterr().err

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import pytest
 import torch
+import torch.nn.functional as F
 from strategy_helpers import DP2_PP2, PP2, SLOW, TP2_PP2, WIDTH, Block, Classifier, Task, fit, fit_like_one_process
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -249,6 +250,59 @@ def test_numbers_that_do_not_travel_are_missed_in_the_first_step(
 
 def test_shapes_of_what_does_not_travel_may_be_used(pool: RankPool, tmp_path: Path) -> None:
     fit_like_one_process(pool, SkipsBlocks, PP2, tmp_path, settings={"kind": "shapes"}, trainer={"max_epochs": 1})
+
+
+class Outside(Classifier):
+    """What a loss takes from elsewhere than the last block."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind = kind
+        self.embed = nn.Sequential(self.embed, nn.Linear(WIDTH, WIDTH))
+        self.layers = nn.ModuleList(WithLoss() for _ in range(4))
+
+    def loss(self, batch: Any) -> Tensor:
+        x, y = batch
+        first = x = self.embed(x) + self.shift
+        losses = torch.zeros(())
+        for layer in self.layers:
+            x, loss = layer(x)
+            losses = losses + loss
+        if self.kind == "losses of blocks":
+            return F.cross_entropy(self.head(x), y) + losses
+        if self.kind == "to the head":
+            return F.cross_entropy(self.head(x + first), y)
+        if self.kind == "head tied by hand":
+            x = F.linear(x, self.embed[1].weight)
+        penalty = sum(p.square().sum() for p in self.parameters()) if self.kind == "penalty" else torch.zeros(())
+        if self.kind == "looks":
+            norms = torch.stack([p.detach().norm() for p in self.parameters() if p.dtype.is_floating_point])
+            penalty = 0.0 * (norms.sum() + losses + first.sum()).detach()
+        return F.cross_entropy(self.head(x), y) + penalty
+
+
+class WithLoss(Block):
+    def forward(self, x: Tensor) -> Any:
+        x = super().forward(x)
+        return x, x.square().mean()
+
+
+@pytest.mark.parametrize("val_rows", [0, 8], ids=["first in training", "first in validation"])
+@pytest.mark.parametrize("kind", ["head tied by hand", "penalty"])
+def test_weights_of_other_stages_are_refused(pool: RankPool, kind: str, val_rows: int, tmp_path: Path) -> None:
+    task = Task(Outside, PP2[1], {"kind": kind}, val_rows=val_rows, folder=str(tmp_path))
+    with pytest.raises(RanksFailedError, match=r"computes with 'embed\.[01]\.weight' while pipeline stage 1 runs"):
+        pool.run(fit, 2, task, timeout_s=60)
+
+
+@pytest.mark.parametrize(("kind", "layout"), [("losses of blocks", PP4), ("to the head", PP2)], ids=["losses", "head"])
+def test_a_loss_of_what_does_not_travel_is_refused(pool: RankPool, layout: Any, kind: str, tmp_path: Path) -> None:
+    with pytest.raises(RanksFailedError, match="the loss depends on what an earlier pipeline stage computed"):
+        pool.run(fit, layout[0], Task(Outside, layout[1], {"kind": kind}, folder=str(tmp_path)), timeout_s=60)
+
+
+def test_looking_at_what_is_elsewhere_is_allowed(pool: RankPool, tmp_path: Path) -> None:
+    fit_like_one_process(pool, Outside, PP2, tmp_path, settings={"kind": "looks"}, trainer={"max_epochs": 1})
 
 
 def with_nan(rows: list[Any]) -> Any:
