@@ -43,6 +43,7 @@ struct Snapshot::Job {
         return std::min(slot_bytes, stats.num_bytes - index * slot_bytes);
     }
     std::vector<Part> cut(std::size_t index) const;
+    void sum_device_parts(const Filled& filled);
     bool is_settled() const noexcept { return error.has_value() || is_cancelled; }
     // Nobody reads its sources, and nothing is left to write.
     bool is_at_rest() const noexcept { return is_staged && (is_settled() || num_written == num_slots()); }
@@ -61,7 +62,7 @@ struct Snapshot::Job {
     steady_clock::time_point copied_from = submitted;  // by copiers; those that wait for it need not mind
     OutputFile file;
 
-    // Each written by the thread that copies the slot.
+    // Each written by the thread that copies the slot; sums of device memory by the one that writes it.
     std::vector<std::vector<Part>> parts;
 
     // Behind the engine's mutex.
@@ -118,6 +119,14 @@ std::vector<Snapshot::Job::Part> Snapshot::Job::cut(std::size_t index) const {
         }
     }
     return found;
+}
+
+// Host memory is summed as it is copied. What comes from a device is summed before it is written: a link carries several
+// times what a core sums, and would stand idle.
+void Snapshot::Job::sum_device_parts(const Filled& filled) {
+    for (Part& part : parts[filled.index]) {
+        if (sources[part.source].device >= 0) part.crc = crc32c({filled.memory + part.at, part.size});
+    }
 }
 
 // Sums a random share of what was copied again, from the sources.
@@ -437,9 +446,6 @@ Status Engine::fill(Job& job, std::size_t index, std::byte* slot, CudaCopier* de
     }
     if (is_on_devices) {
         if (Status failed = devices->finish()) return failed;
-        for (Job::Part& part : parts) {
-            if (job.sources[part.source].device >= 0) part.crc = crc32c({slot + part.at, part.size});
-        }
     }
     std::memset(slot + size, 0, (direct_alignment - size % direct_alignment) % direct_alignment);
     publish_stores();
@@ -500,6 +506,7 @@ bool Engine::write_one(Lock& lock) {
     Status failed;
     if (wait_for_bandwidth(lock, *job, job->slot_size(filled.index))) {
         lock.unlock();
+        job->sum_device_parts(filled);
         failed = job->file.write({filled.memory, job->slot_size(filled.index)}, filled.index * settings_.slot_bytes);
         lock.lock();
     }

@@ -59,7 +59,10 @@ class EngineSettings:
         pool_bytes: memory through which all checkpoints pass; claimed when a save first needs it, and kept. With as much
             as the state has, the fence waits for memory alone; with less, also for the disk.
         slot_bytes: what is copied and written at a time: a multiple of 4096.
-        num_copiers, num_writers: threads.
+        num_copiers: threads that copy; None for two where training computes on a GPU or on more than one core, so that its
+            threads, which wait for each other, are slowed alike, and one device's copies go on while another's end is waited
+            for; otherwise one.
+        num_writers: threads that write.
         niceness: of these threads, as of ``nice``; 0 to 19.
         cpus: that they may run on; empty for all.
         max_bytes_per_s: over all writers of this process; None for no limit.
@@ -72,7 +75,7 @@ class EngineSettings:
 
     pool_bytes: int = 256 << 20
     slot_bytes: int = 8 << 20
-    num_copiers: int = 1
+    num_copiers: int | None = None
     num_writers: int = 2
     niceness: int = 5
     cpus: tuple[int, ...] = ()
@@ -86,8 +89,8 @@ class EngineSettings:
         if self.pool_bytes < self.slot_bytes:
             raise ValueError(f"pool_bytes={self.pool_bytes} must be at least slot_bytes={self.slot_bytes}; set {256 << 20}")
         for name in ("num_copiers", "num_writers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be 1 or more")
+            if (number := getattr(self, name)) is not None and number < 1:
+                raise ValueError(f"{name}={number} must be 1 or more")
         if not 0 <= self.niceness <= 19:
             raise ValueError(f"niceness={self.niceness} must be 0 to 19; 5 steps aside for training")
         if not 0 <= self.checked_share <= 1:
@@ -101,6 +104,8 @@ class EngineSettings:
         """Return an engine with these settings, its threads running."""
         fields = dataclasses.asdict(self) | {"cpus": list(self.cpus), "max_bytes_per_second": self.max_bytes_per_s or 0.0}
         del fields["max_bytes_per_s"]
+        if self.num_copiers is None:
+            fields["num_copiers"] = 2 if torch.cuda.is_initialized() or torch.get_num_threads() > 1 else 1
         return Engine(**fields)
 
 

@@ -291,12 +291,24 @@ def test_a_value_that_cannot_be_stored_is_refused_in_the_call(make: Any, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(("asked", "num_threads", "started"), [(None, 1, 1), (None, 8, 2), (1, 8, 1), (3, 1, 3)])
+def test_threads_that_compute_are_slowed_alike(
+    asked: int | None, num_threads: int, started: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    found: dict[str, Any] = {}
+    monkeypatch.setattr("kenotron.checkpoint.asynchronous.Engine", lambda **fields: found.update(fields))
+    EngineSettings(num_copiers=asked).start()
+    assert found["num_copiers"] == started
+
+
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
         ({"slot_bytes": 1000}, "multiple of 4096"),
         ({"pool_bytes": 1 << 20, "slot_bytes": 1 << 21}, "at least slot_bytes"),
         ({"num_writers": 0}, "num_writers=0"),
+        ({"num_copiers": 0}, "num_copiers=0"),
         ({"niceness": 20}, "niceness=20"),
         ({"checked_share": 2.0}, "checked_share"),
         ({"max_bytes_per_s": 0.0}, "max_bytes_per_s"),
