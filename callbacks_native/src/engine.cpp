@@ -121,8 +121,7 @@ std::vector<Snapshot::Job::Part> Snapshot::Job::cut(std::size_t index) const {
     return found;
 }
 
-// Host memory is summed as it is copied. What comes from a device is summed before it is written: a link carries several
-// times what a core sums, and would stand idle.
+// Host memory has been summed as it was copied.
 void Snapshot::Job::sum_device_parts(const Filled& filled) {
     for (Part& part : parts[filled.index]) {
         if (sources[part.source].device >= 0) part.crc = crc32c({filled.memory + part.at, part.size});

@@ -6,8 +6,9 @@
 // 1. submit: a snapshot is a header and sources (runs of memory), which make up one file in this order. The file is cut
 //    into slots. Nothing is copied yet; the caller keeps the sources unchanged until the snapshot is staged.
 // 2. copiers take one free slot of the pool after the other, oldest snapshot first, fill it and compute its CRC-32C sums.
-//    Without a free slot they wait for the writers: that is what bounds memory. A thread that waits for a snapshot to be
-//    staged (the fence) copies too instead of sleeping.
+//    (What comes from a device is summed by its writer: a link carries several times what a core sums, and would stand
+//    idle.) Without a free slot they wait for the writers: that is what bounds memory. A thread that waits for a snapshot
+//    to be staged (the fence) copies too instead of sleeping.
 // 3. staged: all has been copied, and a sample of the sources still has the same sums. Otherwise it is torn: somebody
 //    changed them meanwhile, and restage() copies all of it anew.
 // 4. attach: the file is created, which may be long after submit. From here on writers take filled slots.

@@ -41,7 +41,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from kenotron.callbacks_native import Engine
-from kenotron.checkpoint.asynchronous import EngineSettings
+from kenotron.checkpoint.engine import EngineSettings
 from kenotron.checkpoint.format import RESERVED_PREFIXES, LocalTensor, Piece, ShardEntry, lay_out, unpublished
 from kenotron.checkpoint.load import load_into, load_state
 from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, read_manifest

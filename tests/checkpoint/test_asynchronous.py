@@ -291,13 +291,17 @@ def test_a_value_that_cannot_be_stored_is_refused_in_the_call(make: Any, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(("asked", "num_threads", "started"), [(None, 1, 1), (None, 8, 2), (1, 8, 1), (3, 1, 3)])
-def test_threads_that_compute_are_slowed_alike(
-    asked: int | None, num_threads: int, started: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("asked", "num_threads", "on_gpu", "started"),
+    [(None, 1, False, 1), (None, 8, False, 2), (None, 1, True, 2), (1, 8, False, 1), (3, 1, False, 3)],
+)
+def test_two_threads_copy_where_one_would_hold_up_several(
+    asked: int | None, num_threads: int, on_gpu: bool, started: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: num_threads)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: on_gpu)
     found: dict[str, Any] = {}
-    monkeypatch.setattr("kenotron.checkpoint.asynchronous.Engine", lambda **fields: found.update(fields))
+    monkeypatch.setattr("kenotron.checkpoint.engine.Engine", lambda **fields: found.update(fields))
     EngineSettings(num_copiers=asked).start()
     assert found["num_copiers"] == started
 
