@@ -24,6 +24,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <deque>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -113,7 +114,7 @@ public:
 
 private:
     friend class Engine;
-    struct Job;  // what the threads know of it
+    struct Job;  // what the threads know of it: job.hpp
 
     Snapshot(std::shared_ptr<Engine> engine, std::shared_ptr<Job> job);
 
@@ -164,8 +165,7 @@ private:
     // With the mutex held.
     void begin(const std::shared_ptr<Job>& job);
     void settle(Job& job);
-    template <typename Done>
-    bool help_until(Lock& lock, Done done, std::optional<Clock::time_point> deadline = {});
+    bool help_until(Lock& lock, const std::function<bool()>& done, std::optional<Clock::time_point> deadline = {});
 
     const EngineSettings settings_;
     const int owner_;  // the process: after a fork there are no threads to join
