@@ -10,6 +10,7 @@ import torch.distributed as dist
 
 from kenotron.checkpoint import Checkpointer, Nodes
 from kenotron.layout import ParallelLayout
+from kenotron.optim.zero import ShardedUpdate
 from kenotron.parallel.apply import Parallelized
 from kenotron.parallel.random import OwnStream, RandomStreams
 from kenotron.ranks import RankMonitor
@@ -50,6 +51,7 @@ class StrategyBase(_LightningStrategy):
     _own_stream: OwnStream
     _sync: bool
     _guards: dict[int, StepGuard]
+    _updates: list[ShardedUpdate]
     _sum_to_differentiate: torch.Tensor | None
     _run_id: str
     _num_saves: int

@@ -78,7 +78,7 @@ class Failures(StrategyBase):
 
 _NOT_PICKLED = (
     "_mesh", "_dp_group", "_host_pp_group", "_monitor", "_done", "_steps", "_state", "_tokens", "_streams",
-    "_held_checkpointer", "_nodes",
+    "_held_checkpointer", "_nodes", "_updates",
 )  # fmt: skip
 
 

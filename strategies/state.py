@@ -20,6 +20,7 @@ from kenotron.checkpoint import LocalTensor, Manifest, Piece, StoredTensor, load
 from kenotron.hf.record import describe_models
 from kenotron.layout import ParallelLayout
 from kenotron.optim.offload import HostState
+from kenotron.optim.zero import Rows, ShardedUpdate
 from kenotron.parallel.apply import Parallelized
 from kenotron.parallel.grads import local
 from kenotron.parallel.pieces import local_pieces
@@ -42,7 +43,7 @@ class CheckpointState:
     Args:
         done: the sharded module. optimizers: none in evaluation. layout: resolved. rank: of this process.
         sharing: the ranks whose checkpoints are on the same file system; None for all.
-        offloaded: what keeps optimizers' state in host memory.
+        offloaded: what keeps optimizers' state in host memory. updates: what shares out each optimizer's update, if anything.
     """
 
     def __init__(
@@ -53,15 +54,17 @@ class CheckpointState:
         rank: int,
         sharing: Sequence[int] | None = None,
         offloaded: Sequence[HostState] = (),
+        updates: Sequence[ShardedUpdate] = (),
     ) -> None:
         self._done = done
         self._offloaded = offloaded
+        self._updates = updates
         self._optimizers = optimizers
         self._layout = layout
         self._where = layout.coordinates(rank)
         # Neither changes from save to save, and a save returns at once.
         self._first_holders: dict[tuple[int, ...], int] = {}
-        self._places: dict[tuple[str, tuple[int, ...], bool], _Place] = {}
+        self._places: dict[tuple[Any, ...], _Place] = {}
         self._sharing = sharing if sharing is not None else range(layout.world_size)
 
     def models(self) -> list[dict[str, Any]]:
@@ -91,14 +94,15 @@ class CheckpointState:
             if key in params:
                 # A hook may have put something else under the parameter's name, which may change at any time.
                 lazy = local(value).data_ptr() == local(params[key]).data_ptr()
-                yield self._boxed(_MODEL + key, key, value, lazy=lazy)
+                yield self._boxed(_MODEL + key, key, value, params[key], lazy=lazy)
             else:
                 owner = self._first(self._ranks_of_stage(name) if name in buffers else self._sharing)
                 yield LocalTensor.whole(_MODEL + name, local(value), owners=(owner,))
 
     def parameters(self) -> list[LocalTensor]:
         """Return what this rank has of each parameter, by the name in the module."""
-        return [self._boxed(name, name, param.detach(), lazy=True) for name, param in self._done.named_parameters().items()]
+        params = self._done.named_parameters().items()
+        return [self._boxed(name, name, param.detach(), param, lazy=True) for name, param in params]
 
     def aliases(self) -> dict[str, str]:
         """Return the further names of tied weights, as the checkpoint knows them."""
@@ -228,12 +232,14 @@ class CheckpointState:
         tensors: list[LocalTensor] = []
         numbers: list[tuple[dict[str, Any], str]] = []
         for name, param in self._own_parameters(optimizer):
-            group = group_of[id(param)]
+            if not self._updates_any(index, param):
+                continue
+            group, share = group_of[id(param)], self._share_of(index, param)
             state: dict[str, Any] = {}
             for key in keys.get(f"optimizer.{index}/{name}", ()):
                 stored = manifest.tensors[f"optimizer.{index}/{name}/{key}"]
                 counters_on_device = bool(group.get("capturable") or group.get("fused"))
-                state[key] = _empty_state(param, stored, counters_on_device)
+                state[key] = _empty_state(share, stored, counters_on_device)
                 tensors.append(self._state_tensor(index, name, key, param, state[key]))
                 if ":" in key:
                     numbers.append((state, key))
@@ -243,11 +249,29 @@ class CheckpointState:
         for state, key in numbers:
             state[key.partition(":")[0]] = state.pop(key).item()
 
+    def _rows(self, index: int, param: nn.Parameter) -> Rows | None:
+        """Return the rows of a parameter of which this rank has state; ``None``: of all that it holds."""
+        return self._updates[index].rows(param) if self._updates else None
+
+    def _updates_any(self, index: int, param: nn.Parameter) -> bool:
+        """Tell whether this rank has state of a parameter: where each has one rank that updates it, only that one does."""
+        if not self._updates or self._updates[index].granularity != "parameters":
+            return True
+        rows = self._rows(index, param)
+        return rows is None or rows.count > 0
+
+    def _share_of(self, index: int, param: nn.Parameter) -> Tensor:
+        rows = self._rows(index, param)
+        return param if rows is None else rows.of(param.detach())
+
     def _state_tensor(self, index: int, name: str, key: str, param: nn.Parameter, value: Tensor) -> LocalTensor:
-        full_name = f"optimizer.{index}/{name}/{key}"
-        if value.shape == param.shape:
-            return self._boxed(full_name, name, value, lazy=True)
-        return LocalTensor.whole(full_name, local(value), owners=(self._first_holder(name),), lazy=True)
+        full_name, rows = f"optimizer.{index}/{name}/{key}", self._rows(index, param)
+        if value.shape == self._share_of(index, param).shape:
+            return self._boxed(full_name, name, value, param, rows, lazy=True)
+        owner = self._first_holder(name)
+        if rows is not None and self._updates[index].granularity == "parameters":
+            owner = self._first(self._holders_of_same_box(name, self._done.shards.of(name, param), (self._where.tp,), True))
+        return LocalTensor.whole(full_name, local(value), owners=(owner,), lazy=True)
 
     def _own_parameters(self, optimizer: Optimizer) -> list[tuple[str, nn.Parameter]]:
         own = {id(param): name for name, param in self._done.named_parameters().items()}
@@ -256,10 +280,12 @@ class CheckpointState:
 
     # --------------------------------------------------------------------------------------------------------- boxes
 
-    def _boxed(self, full_name: str, name: str, value: Tensor, *, lazy: bool) -> LocalTensor:
-        """Describe a tensor that is cut like the parameter ``name``."""
-        key = (name, tuple(value.shape), isinstance(value, DTensor))
-        place = self._places.get(key) or self._places.setdefault(key, self._place_of(name, value))
+    def _boxed(
+        self, full_name: str, name: str, value: Tensor, param: Tensor, rows: Rows | None = None, *, lazy: bool
+    ) -> LocalTensor:
+        """Describe a tensor that is cut like the parameter ``name``, or like these rows of it."""
+        key = (name, tuple(value.shape), isinstance(value, DTensor), rows)
+        place = self._places.get(key) or self._places.setdefault(key, self._place_of(name, value, param, rows))
         return LocalTensor(
             name=full_name,
             tensor=local(value),
@@ -269,15 +295,16 @@ class CheckpointState:
             lazy=lazy,
         )
 
-    def _place_of(self, name: str, value: Tensor) -> _Place:
-        shard = self._done.shards.of(name, value)
-        is_sharded = isinstance(value, DTensor)
+    def _place_of(self, name: str, value: Tensor, param: Tensor, rows: Rows | None) -> _Place:
+        # What stands under a parameter's name in a state dict may have another shape: then it is whole.
+        shard = self._done.shards.of(name, value if rows is None else param)
+        is_sharded = isinstance(value, DTensor) or rows is not None
         owners = self._holders_of_same_box(name, shard, shard.replicas, is_sharded)
         pieces = tuple(
             replace(piece, owners=tuple(self._holders_of_same_box(name, shard, piece.owners, is_sharded)))
             if piece.owners is not None
             else piece
-            for piece in local_pieces(shard, value)
+            for piece in local_pieces(shard, value, rows)
         )
         return _Place(shard.global_shape, pieces, tuple(owners))
 
@@ -317,7 +344,7 @@ class CheckpointState:
 _NUMBERS = {"bool": torch.bool, "int": torch.int64, "float": torch.float64}
 
 
-def _empty_state(param: nn.Parameter, stored: StoredTensor, counters_on_device: bool) -> Tensor:
+def _empty_state(param: Tensor, stored: StoredTensor, counters_on_device: bool) -> Tensor:
     """Return the tensor into which one entry of an optimizer's state is loaded.
 
     Step counters live on the host unless the optimizer is fused or capturable.

@@ -28,9 +28,10 @@ from kenotron.checkpoint import Checkpointer, Nodes, check_sharing, recover, rem
 from kenotron.layout import ParallelLayout, ZeroStage
 from kenotron.optim.offload import HostState
 from kenotron.optim.placement import Placement, ShardAware, check_optimizer
+from kenotron.optim.zero import ShardedUpdate
 from kenotron.parallel import pipeline as pipelines
 from kenotron.parallel._torch import default_store, flatten
-from kenotron.parallel.apply import Parallelized, Request, parallelize
+from kenotron.parallel.apply import Parallelized, Request, parallelize, share_groups
 from kenotron.parallel.context import ContextKind, check_kind
 from kenotron.parallel.float8 import Float8
 from kenotron.parallel.grads import local
@@ -192,6 +193,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._sync = True
         self._guards: dict[int, StepGuard] = {}
         self._offloaded: list[HostState] = []
+        self._updates: list[ShardedUpdate] = []
         self._sum_to_differentiate: Tensor | None = None
         self._streams: RandomStreams | None = None
         self._seed, self._run_id, self._num_saves = 0, uuid.uuid4().hex[:12], 0
@@ -316,7 +318,9 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             self._prepare_checkpoints(trainer)
             self.setup_optimizers(trainer)
         sharing = None if self._nodes is None else self._nodes.ranks
-        self._state = CheckpointState(self._done, self.optimizers, self.layout, self.global_rank, sharing, self._offloaded)
+        self._state = CheckpointState(
+            self._done, self.optimizers, self.layout, self.global_rank, sharing, self._offloaded, self._updates
+        )
         self.setup_precision_plugin()
         if fitting:
             self.names.optimizers_to_device(self.optimizers, self.root_device)
@@ -345,8 +349,10 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             self._guards = {id(each): StepGuard(self._guard, each, self.root_device) for each in self.optimizers}
         for optimizer in self.optimizers:
             check_optimizer(optimizer, self.layout)
+        self._updates = self._shard_updates()
+        for optimizer, update in zip(self.optimizers, self._updates or itertools.repeat(None), strict=False):
             if isinstance(optimizer, ShardAware):
-                optimizer.bind(Placement.of(self._done, self._mesh))
+                optimizer.bind(Placement.of(self._done, self._mesh, update.rows if update else lambda _: None))
             mixed = {isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"] if p.numel()}
             if len(mixed) > 1:  # scalars are not sharded: no single multi-tensor kernel takes both kinds
                 for group in optimizer.param_groups:
@@ -354,6 +360,28 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         if self._offload_optimizer:
             sizes = self._done.sizes_alike()
             self._offloaded = [HostState(each, sizes) for each in self.optimizers]
+
+    def _shard_updates(self) -> list[ShardedUpdate]:
+        """ZeRO 1: let each data-parallel rank update its share."""
+        assert self._done is not None
+        if self._mesh is None or self.layout.zero_stage != 1 or self.layout.dp_shard * self.layout.cp == 1:
+            return []
+        updates = []
+        for optimizer in self.optimizers:
+            for earlier in optimizer.__dict__.pop("_kenotron_updates", ()):  # of a Trainer before this one
+                earlier.remove()
+            update = ShardedUpdate(optimizer, self._done.names(), share_groups(self._done, self._mesh, self._expert_mesh),
+                                   tied=self._done.shards.holders)  # fmt: skip
+            optimizer.__dict__["_kenotron_updates"] = [update]
+            if update.granularity == "none" and self.is_global_zero:
+                _lightning.warn(
+                    self.names,
+                    f"{type(optimizer).__name__} is not known to treat parameters one by one, so every rank updates all of them "
+                    f"and holds all of its state. If it does, say so: {type(optimizer).__name__}.is_by_parameter = True; if "
+                    "each element of its update depends on the same element of gradient and state alone: is_elementwise = True.",
+                )
+            updates.append(update)
+        return updates
 
     def _check_checkpoint_paths(self, trainer: Any) -> None:
         """Refuse here what would otherwise be refused at the end of the first epoch."""

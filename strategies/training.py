@@ -44,8 +44,7 @@ class Training(Failures):
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self._done is not None
         try:
-            if self._done.buffers is not None:
-                self._done.buffers.share()
+            self._share_buffers()
             if self._steps is not None:
                 return self._pipelined_training_step(*args, *kwargs.values())
             return self._plain_training_step(*args, **kwargs)
@@ -128,7 +127,12 @@ class Training(Failures):
         guard = self._guards.get(id(optimizer))
         if guard is not None:
             closure = self._guarded(guard, optimizer, closure)
-        output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        try:
+            output = super().optimizer_step(optimizer, closure, model, **kwargs)
+        except BaseException:
+            for update in self._updates:
+                update.restore()
+            raise
         if self._done is not None and self._done.loads is not None:
             update_expert_bias(self._user_module, self._sum_over_data)
         return output
@@ -274,6 +278,23 @@ class Training(Failures):
                 return self._done.enclose(lambda: step(*args, **kwargs))
         except Exception as error:
             raise self._explain(error) from error.__cause__
+
+    def _share_buffers(self) -> None:
+        """Give running statistics of the first replica to all: those that it saves are the ones that all train and validate with."""
+        if self._done is not None and self._done.buffers is not None:
+            self._done.buffers.share()
+
+    def on_train_end(self) -> None:
+        self._share_buffers()
+
+    def on_validation_start(self) -> None:
+        self._share_buffers()
+
+    def on_test_start(self) -> None:
+        self._share_buffers()
+
+    def on_predict_start(self) -> None:
+        self._share_buffers()
 
     def on_validation_end(self) -> None:
         self._reshard()

@@ -126,7 +126,7 @@ class Muon(ShardAware):
             for param in group["params"]:
                 if param.numel():  # else another stage's
                     name = local_parameter(param, placement)
-                    own[name] = _boxes(placement.shards, name, param)
+                    own[name] = _boxes(placement, name, param)
                     _check_parts(group, name, own[name][0])
         everyone: list[Any] = [own]
         if placement.group is not None and placement.group.size() > 1:
@@ -184,7 +184,7 @@ class Muon(ShardAware):
         group_of: dict[str, dict[str, Any]] = {}
         for group in self._groups("muon"):
             for param in group["params"]:
-                if param.grad is None or not param.numel():
+                if param.grad is None:
                     continue
                 name = local_parameter(param, self._placement)
                 params[name], group_of[name] = local(param), group
@@ -214,7 +214,7 @@ class Muon(ShardAware):
         return grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
 
     def _step_adamw(self, group: Mapping[str, Any]) -> None:
-        params = [param for param in group["params"] if param.grad is not None and param.numel()]
+        params = [param for param in group["params"] if param.grad is not None]
         for param in params:
             state = self.state[param]
             if not state:
@@ -309,8 +309,8 @@ def _out_dim(shape: Sequence[int], group: Mapping[str, Any]) -> int:
     return len(shape) - (1 if group["transposed"] else 2)
 
 
-def _boxes(shards: Shards, name: str, param: nn.Parameter) -> tuple[tuple[int, ...], Boxes]:
-    """Return the whole shape of a parameter and what this rank has of it."""
-    shard = shards.of(name, param)
-    pieces = local_pieces(shard, param)
+def _boxes(placement: Placement, name: str, param: nn.Parameter) -> tuple[tuple[int, ...], Boxes]:
+    """Return the whole shape of a parameter and what this rank has of it during an update."""
+    shard = placement.shards.of(name, param)
+    pieces = local_pieces(shard, param, placement.rows(param))
     return shard.global_shape, tuple((piece.local, piece.offset, piece.shape) for piece in pieces)

@@ -17,15 +17,12 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from kenotron.optim.placement import ShardAware, is_elementwise
+from kenotron.optim.placement import ShardAware, is_by_parameter, is_elementwise
 from kenotron.parallel._torch import set_local
 from kenotron.parallel.grads import local
 
 #: Elements of a part. With two float32 moments 128 MiB, of which three are on the device: one comes, one is used, one goes.
 PART_NUMEL = 1 << 24
-
-#: Neither elementwise nor told where parts lie, but one parameter at a time.
-_BY_PARAMETER = (torch.optim.Adafactor, torch.optim.Muon)
 
 
 class HostState:
@@ -44,7 +41,7 @@ class HostState:
 
     def __init__(self, optimizer: Optimizer, sizes: Mapping[int, int] | None = None, *, part_numel: int = PART_NUMEL) -> None:
         kind = type(optimizer)
-        if not (is_elementwise(kind) or isinstance(optimizer, ShardAware) or kind in _BY_PARAMETER):
+        if not (is_elementwise(kind) or isinstance(optimizer, ShardAware) or is_by_parameter(kind)):
             raise ValueError(
                 f"offload_optimizer=True updates a part of the parameters at a time, and {kind.__name__} is not known to treat "
                 "them one by one. Use an optimizer of torch's other than LBFGS and SparseAdam, or kenotron.optim.Muon; if each "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +42,9 @@ ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
     }
 )
 
+#: Torch's that look at whole parameters, but at one at a time.
+BY_PARAMETER: frozenset[type[Optimizer]] = frozenset({torch.optim.Adafactor, torch.optim.Muon})
+
 #: Why, and what to take instead.
 _REASONS: Mapping[type[Optimizer], str] = {
     torch.optim.Adafactor: "keeps means of the rows and columns of whole matrices",
@@ -58,20 +61,24 @@ class Placement:
     Args:
         shards: what this rank holds of each parameter, by name. names: ``id(parameter)`` -> name, of those that are here.
         group: the ranks of this pipeline stage, which together hold its parameters; ``None``: one process.
+        rows: a parameter -> ``(start, count)`` of the local rows that it has during an update (ZeRO 1); ``None``: all.
     """
 
     shards: Shards
     names: Mapping[int, str]
     group: dist.ProcessGroup | None = None
+    rows: Callable[[nn.Parameter], tuple[int, int] | None] = lambda _: None
 
     @staticmethod
-    def of(done: Parallelized, mesh: DeviceMesh | None) -> Placement:
+    def of(
+        done: Parallelized, mesh: DeviceMesh | None, rows: Callable[[nn.Parameter], tuple[int, int] | None] = lambda _: None
+    ) -> Placement:
         """Return where the parameters of a sharded module lie. Every rank of the mesh calls it."""
         names = {id(param): name for name, param in done.named_parameters().items()}
         group = None
         if mesh is not None:
             group = flatten(mesh, "dp_replicate", "dp_shard", "cp", "tp", name="stage").get_group()
-        return Placement(shards=done.shards, names=names, group=group)
+        return Placement(shards=done.shards, names=names, group=group, rows=rows)
 
 
 class ShardAware(Optimizer, abc.ABC):
@@ -89,7 +96,7 @@ def check_optimizer(optimizer: Optimizer, layout: ParallelLayout) -> None:
     """Refuse an optimizer that would be wrong on this layout.
 
     Fine anywhere are `ShardAware` ones, torch's elementwise ones (subclasses too that keep their ``step``), and those whose
-    class says ``is_elementwise = True``. Anything else needs whole parameters, which data-parallel replicas (ZeRO 0) and
+    class says ``is_elementwise = True``. Anything else needs whole parameters, which data-parallel replicas (ZeRO 0 and 1) and
     pipeline stages have; LBFGS needs all of them.
 
     Raises:
@@ -116,11 +123,19 @@ def check_optimizer(optimizer: Optimizer, layout: ParallelLayout) -> None:
 def is_elementwise(kind: type[Optimizer]) -> bool:
     """Tell whether optimizers of a class are elementwise: it says so itself, or its ``step`` is one that is known to be."""
     said: Any = getattr(kind, "is_elementwise", None)
-    if said is not None:
-        return bool(said)
+    return bool(said) if said is not None else _has_step_of(kind, ELEMENTWISE)
+
+
+def is_by_parameter(kind: type[Optimizer]) -> bool:
+    """Tell whether optimizers of a class update a parameter by itself: it says so, or its ``step`` is one that does."""
+    said: Any = getattr(kind, "is_by_parameter", None)
+    return bool(said) if said is not None else _has_step_of(kind, BY_PARAMETER)
+
+
+def _has_step_of(kind: type[Optimizer], known: Collection[type[Optimizer]]) -> bool:
     # The innermost function: torch wraps the step of every class whose first instance is made.
     step = inspect.unwrap(kind.step)
-    return any(issubclass(kind, known) and step is inspect.unwrap(known.step) for known in ELEMENTWISE)
+    return any(issubclass(kind, each) and step is inspect.unwrap(each.step) for each in known)
 
 
 def _cuts(layout: ParallelLayout, *, whole_model: bool) -> list[str]:
@@ -128,7 +143,7 @@ def _cuts(layout: ParallelLayout, *, whole_model: bool) -> list[str]:
     cuts = [f"{axis}={size}" for axis, size in (("tp", layout.tp), ("ep", layout.ep)) if size > 1]
     if whole_model and layout.pp > 1:
         cuts.append(f"pp={layout.pp}")
-    if layout.zero_stage and layout.dp_shard * layout.cp > 1:
+    if layout.zero_stage > 1 and layout.dp_shard * layout.cp > 1:
         cuts.append(f"zero_stage={layout.zero_stage} over {layout.dp_shard * layout.cp} ranks")
     return cuts
 
@@ -137,8 +152,8 @@ def _whole(layout: ParallelLayout, *, whole_model: bool) -> str:
     changes = [f"{axis}=1" for axis, size in (("tp", layout.tp), ("ep", layout.ep)) if size > 1]
     if whole_model and layout.pp > 1:
         changes.append("pp=1")
-    if layout.zero_stage and layout.dp_shard * layout.cp > 1:
-        changes.append("zero_stage=0")
+    if layout.zero_stage > 1 and layout.dp_shard * layout.cp > 1:
+        changes.append("zero_stage=1")
     return " and ".join(changes)
 
 

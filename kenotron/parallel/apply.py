@@ -389,18 +389,29 @@ def data_group(mesh: DeviceMesh) -> dist.ProcessGroup:
     return group
 
 
+def share_groups(
+    done: Parallelized, mesh: DeviceMesh, expert_mesh: DeviceMesh | None
+) -> Callable[[nn.Parameter], dist.ProcessGroup]:
+    """Return a function: a parameter -> the ranks over which its optimizer state is sharded (those of one replica)."""
+    group: dist.ProcessGroup = flatten(mesh, "dp_shard", "cp", name="dp_shard_cp").get_group()
+    if expert_mesh is None:
+        return lambda _: group
+    spread, same = _expert_parameters(done), expert_mesh["expert_shard"].get_group()
+    return lambda param: same if param in spread else group
+
+
 def _data_parallel(
     done: Parallelized, mesh: DeviceMesh, expert_mesh: DeviceMesh | None, blocks: str | None, request: Request
 ) -> None:
     layout = request.layout
     if layout.dp_size * layout.cp == 1:
         return
-    if request.schedule in pipeline.SPLITS_BACKWARD and layout.pp > 1 and layout.zero_stage and layout.dp_shard > 1:
+    if request.schedule in pipeline.SPLITS_BACKWARD and layout.pp > 1 and layout.zero_stage > 1 and layout.dp_shard > 1:
         raise ValueError(
             f"schedule={request.schedule!r} computes weight gradients outside of autograd, where FSDP2 does not see them. Set "
-            "zero_stage=0, or schedule='interleaved_1f1b'."
+            "zero_stage=1 or 0, or schedule='interleaved_1f1b'."
         )
-    if layout.zero_stage and layout.dp_shard * layout.cp > 1:
+    if layout.zero_stage > 1 and layout.dp_shard * layout.cp > 1:
         _fully_shard(done, mesh, expert_mesh, blocks, request)
 
 

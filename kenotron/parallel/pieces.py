@@ -13,12 +13,15 @@ from kenotron.parallel._torch import compute_local_shape_and_global_offset
 from kenotron.parallel.shards import TensorShard
 
 
-def local_pieces(shard: TensorShard, value: Tensor) -> tuple[Piece, ...]:
-    """Return the boxes of the global tensor that lie in ``value``, which ``shard`` cuts and, where it is a DTensor, ZeRO.
+def local_pieces(shard: TensorShard, value: Tensor, rows: tuple[int, int] | None = None) -> tuple[Piece, ...]:
+    """Return the boxes of the global tensor that lie in ``value``, which ``shard`` cuts and, where it is a DTensor, ZeRO 3.
 
     Owners of a box, where they differ within ``value``, are tp ranks.
+
+    Args:
+        rows: ``(start, count)`` of what ``value`` has of the local rows (ZeRO 1); ``None``: all.
     """
-    return tuple(pieces_of(shard, _zero_rows(value)))
+    return tuple(pieces_of(shard, rows if rows is not None else _zero_rows(value)))
 
 
 def pieces_of(shard: TensorShard, rows: tuple[int, int] | None) -> Iterator[Piece]:
