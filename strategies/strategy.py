@@ -374,11 +374,12 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
                                    tied=self._done.shards.holders)  # fmt: skip
             optimizer.__dict__["_kenotron_updates"] = [update]
             if update.granularity == "none" and self.is_global_zero:
+                kind = type(optimizer).__name__
                 _lightning.warn(
                     self.names,
-                    f"{type(optimizer).__name__} is not known to treat parameters one by one, so every rank updates all of them "
-                    f"and holds all of its state. If it does, say so: {type(optimizer).__name__}.is_by_parameter = True; if "
-                    "each element of its update depends on the same element of gradient and state alone: is_elementwise = True.",
+                    f"{kind} is not known to treat parameters one by one, so every rank updates all of them and holds all of its "
+                    f"state. If it does, set {kind}.is_by_parameter = True; if each element of its update depends on the same "
+                    f"element of gradient and state alone, set {kind}.is_elementwise = True.",
                 )
             updates.append(update)
         return updates

@@ -280,7 +280,7 @@ class Training(Failures):
             raise self._explain(error) from error.__cause__
 
     def _share_buffers(self) -> None:
-        """Give running statistics of the first replica to all: those that it saves are the ones that all train and validate with."""
+        """Give the first replica's running statistics to all: what it saves is what all train and validate with."""
         if self._done is not None and self._done.buffers is not None:
             self._done.buffers.share()
 

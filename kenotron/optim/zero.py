@@ -17,6 +17,7 @@ Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Paramet
 
 from __future__ import annotations
 
+import itertools
 import math
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from kenotron.optim.placement import ShardAware, is_by_parameter, is_elementwise
 Granularity = Literal["rows", "parameters", "none"]
 
 #: Bytes of updated parameters that travel together.
-_BUCKET_BYTES = 25 * 2**20
+BUCKET_BYTES = 25 * 2**20
 
 
 class Rows(NamedTuple):
@@ -61,7 +62,7 @@ def rows_of(size: int, ranks: int, offset: int) -> list[Rows]:
         offset: which rank begins. Parameters with other offsets leave their remainders to other ranks.
     """
     bounds = [size * part // ranks for part in range(ranks + 1)]
-    parts = [Rows(start, end - start) for start, end in zip(bounds, bounds[1:], strict=False)]
+    parts = [Rows(start, end - start) for start, end in itertools.pairwise(bounds)]
     return [parts[(rank + offset) % ranks] for rank in range(ranks)]
 
 
@@ -229,10 +230,13 @@ class ShardedUpdate:
         if self.granularity == "parameters":
             self._send_whole(params)
             return
-        buckets = self._buckets_of(params)
-        for bucket in buckets:
+        travelling: list[_Bucket] = []  # two at a time: one travels while the one before is put where it belongs
+        for bucket in self._buckets_of(params):
             bucket.launch()
-        for bucket in buckets:
+            travelling.append(bucket)
+            if len(travelling) == 2:
+                travelling.pop(0).collect()
+        for bucket in travelling:
             bucket.collect()
 
     def _send_whole(self, params: Sequence[nn.Parameter]) -> None:
@@ -267,7 +271,7 @@ class ShardedUpdate:
             bucket: list[nn.Parameter] = []
             size = 0
             for param in members:
-                if bucket and size + param.nbytes > _BUCKET_BYTES:
+                if bucket and size + param.nbytes > BUCKET_BYTES:
                     yield _Bucket(bucket, self._shares, group)
                     bucket, size = [], 0
                 bucket.append(param)

@@ -94,8 +94,13 @@ class Choice:
 
     @property
     def is_sharded(self) -> bool:
-        """Whether FSDP2 shards anything."""
-        return self.layout.zero_stage > 0 and self.layout.dp_shard * self.layout.cp > 1
+        """Whether FSDP2 shards parameters, with their gradients and state."""
+        return self.layout.zero_stage > 1 and self.shards > 1
+
+    @property
+    def state_shards(self) -> int:
+        """Over how many ranks optimizer state is sharded."""
+        return self.shards if self.layout.zero_stage else 1
 
     @property
     def shards(self) -> int:

@@ -7,8 +7,8 @@ What lives is followed through a step, at the moments where it can be most:
 - the backward pass of each part: gradients are made, gathered parameters are freed, gradients travel;
 - the update.
 
-Under ZeRO 1 and 2 parameters stay whole from the forward pass to their backward pass, under ZeRO 3 one block is, and the
-next one on its way. Gradients of several microbatches add up whole under ZeRO 1, in parts under 2 and 3.
+Under ZeRO 0 and 1 parameters and gradients are whole. Under ZeRO 2 parameters stay whole from the forward pass to their backward
+pass, under ZeRO 3 one block is, and the next one on its way; gradients of several microbatches add up in parts.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kenotron.optim.zero import BUCKET_BYTES
 from kenotron.parallel import pipeline
 from kenotron.planning.layouts import Choice, Job
 from kenotron.planning.model import ModelSpec
@@ -133,7 +134,9 @@ class _Rank:
         self.whole = (self.dense + self.experts) * width
         shards, spread = (choice.shards, choice.shards // layout.ep) if choice.is_sharded else (1, 1)
         self.shard = (self.dense / shards + self.experts / spread) * width
-        self.optimizer = self.shard * job.optimizer_states
+        spread = max(1, choice.state_shards // layout.ep)
+        self.updated = (self.dense / choice.state_shards + self.experts / spread) * width
+        self.optimizer = self.updated * job.optimizer_states
         # Each part is gathered on its own; those around the blocks together, for as long as the step lasts.
         self.sizes = [(part.elements + part.expert_elements) * width for part in self.where.parts]
         self.root = copy * width + sum(
@@ -183,12 +186,12 @@ class _Rank:
 
     def _adds(self) -> bool:
         """Whether a gradient is added to one that is there already, whole."""
-        return self.accumulates and not (self.choice.is_sharded and self.choice.layout.zero_stage > 1)
+        return self.accumulates and not self.choice.is_sharded
 
     def _old_gradients(self) -> float:
         """Gradients during the forward pass: those of the last update, or of the microbatches before."""
         if self.choice.is_sharded:
-            return self.whole if self._adds() else self.shard
+            return self.shard
         return self.whole * (2 if self.accumulates and self.choice.replicas > 1 else 1)
 
     def _gathered(self, at: int, *, forward: bool) -> tuple[float, float]:
@@ -207,21 +210,25 @@ class _Rank:
         if not self.choice.is_sharded:
             buckets = self.whole if self.choice.replicas > 1 else 0.0
             return (self.whole if self._adds() else done), buckets
-        whole = self.whole if self._adds() else 0.0
         if not name.startswith("block"):
-            return self.shard + whole, 0.0 if name == "after" else self.root
+            return self.shard, 0.0 if name == "after" else self.root
         # Its own on their way, and those of the block before until they have arrived; what surrounds blocks goes last.
         before = self.where.names[at + 1] if at + 1 < len(self.where.names) else "after"
-        return self.shard + whole, size + (min(done, size) if before.startswith("block") else 0.0)
+        return self.shard, size + (min(done, size) if before.startswith("block") else 0.0)
 
     def _update(self) -> Memory:
         job = self.job
         copies = job.optimizer_copies if job.optimizer_copies is not None else (0.0 if job.device.name == "cpu" else 1.0)
-        shards = self.choice.shards if self.choice.is_sharded else 1
-        largest = max((part.largest for part in self.where.parts), default=0) * self.trace.param_bytes / shards
-        work = max(copies * self.shard, 2 * largest if job.optimizer_copies is None else 0.0)
+        largest = (
+            max((part.largest for part in self.where.parts), default=0) * self.trace.param_bytes / self.choice.state_shards
+        )
+        work = max(copies * self.updated, 2 * largest if job.optimizer_copies is None else 0.0)
         gradients = self.shard if self.choice.is_sharded else self.whole
-        return self._memory("update", gathered=0.0, gradients=gradients, kept=0.0, work=work, buffers=self._received())
+        gathered = 0.0
+        if self.choice.state_shards > 1 and not self.choice.is_sharded:  # afterwards, two buckets at a time
+            gathered = min(self.whole, 2 * BUCKET_BYTES) * (1 + 1 / self.choice.state_shards)
+        buffers = self._received()
+        return self._memory("update", gathered=0.0, gradients=gradients, kept=0.0, work=max(work, gathered), buffers=buffers)
 
     # --------------------------------------------------------------------------------------------------- with pipeline
 
@@ -248,7 +255,7 @@ class _Rank:
         received = self._received()
         buckets = self.whole if not self.choice.is_sharded and self.choice.replicas > 1 else 0.0
         sharded, zero = self.choice.is_sharded, self.choice.layout.zero_stage
-        gradients = self.whole if not sharded else self.shard + (self.whole if zero == 1 else 0.0)
+        gradients = self.shard if sharded else self.whole
         whole = self.whole if sharded and zero < 3 else self.root if sharded else 0.0
         m = self.choice.num_microbatches
         cast: dict[int, float] = dict.fromkeys(kept_of, 0.0)
@@ -271,7 +278,7 @@ class _Rank:
             last_kept[stage] += part.kept.at(x)
             cast[stage] += part.cast.at(x)
             others = kept - kept_of[stage] + last_kept[stage]
-            travelling = 2 * size if sharded and zero > 1 and is_block else 0.0
+            travelling = 2 * size if sharded and is_block else 0.0
             done = sum(self.sizes[at + 1 :]) if is_first else gradients
             backward = self._memory(
                 f"backward of {name}", gathered=gathered, gradients=min(done, gradients), kept=others,

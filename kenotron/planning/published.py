@@ -64,7 +64,7 @@ class Figure:
     device: Device = H100_HBM2E
     is_mfu: bool = False
     compile: bool = False
-    software: Software = field(default_factory=Software)
+    software: Software = field(default_factory=lambda: Software(scatters=True))
     note: str = ""
 
     @property
@@ -89,7 +89,7 @@ def _titan(
         table="torchtitan",
         name=" ".join([model, f"× {devices}", *([f"{seq // 1024}k"] if seq != 8192 else []), *sizes, *words]),
         model=model, devices=devices, seq=seq, batch=devices // model_axes * local, value=value, device=device,
-        compile=compile, software=Software(fp8=fp8, async_tp=async_tp, gathered_bytes=2), note=note,
+        compile=compile, software=Software(fp8=fp8, async_tp=async_tp, gathered_bytes=2, scatters=True), note=note,
         settings={
             "zero_stage": sharded, "recompute": recompute, "microbatch": microbatch,
             "sequence_parallel": settings.get("tp", 1) > 1, **settings,

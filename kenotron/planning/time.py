@@ -71,11 +71,13 @@ class Software:
     Args:
         fp8: products of blocks in fp8. async_tp: tensor-parallel traffic behind products.
         gathered_bytes: of a parameter as it travels (None: its own size).
+        scatters: under ZeRO 1 gradients are sent to the rank that updates, and parameters gathered behind a forward pass.
     """
 
     fp8: bool = False
     async_tp: bool = False
     gathered_bytes: int | None = None
+    scatters: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -197,7 +199,7 @@ class Clock:
         self._expert_traffic(choice, traffic, sent)
         local = [self._elements(trace, choice, rank) for rank in {0, layout.pp - 1}]
         self._data_traffic(trace, choice, max(local), slowest, traffic, sent)
-        shard = max(local) / (choice.shards if choice.is_sharded else 1) * trace.param_bytes
+        shard = max(local) / choice.state_shards * trace.param_bytes
         update = shard * (2 + 2 * self.job.optimizer_states) * 1.5 / self.bandwidth
         nodes = max(1.0, self.job.devices / self.job.device.per_node)
         # What tensor parallelism sends is part of its stages' time.
@@ -283,8 +285,11 @@ class Clock:
         bandwidth = self._bandwidth(choice.replicas, layout.tp)
         share = 1 - 1 / choice.replicas
         blocks = self.model.num_blocks / layout.pp
-        if not choice.is_sharded:
+        update = 0.0
+        if not choice.is_sharded and not (self.software.scatters and choice.state_shards > 1):
             size, window, calls = 2 * elements * gradient, slowest * 2 / 3, max(1.0, elements * gradient / 25e6)
+            if choice.state_shards > 1:  # after the update, with nothing to hide behind
+                update = elements * trace.param_bytes * (1 - 1 / choice.shards)
         else:
             per_pass = m if layout.pp == 1 or layout.zero_stage == 3 else 1
             gathers = per_pass * (2 if layout.zero_stage == 3 else 1)
@@ -293,8 +298,8 @@ class Clock:
             window, calls = slowest * max(per_pass, scatters), blocks * (gathers + scatters)
             if layout.dp_replicate > 1:
                 size += 2 * elements * gradient * scatters / choice.shards
-        sent["dp"] = size * share
+        sent["dp"] = size * share + update
         seconds = size * share / bandwidth + calls * self._latency(choice.replicas)
         # The first gather and the last reduction have nothing to hide behind.
         ends = seconds / max(1.0, calls)
-        traffic["dp"] = max(seconds - self.rates.hidden * window, 2 * ends)
+        traffic["dp"] = max(seconds - self.rates.hidden * window, 2 * ends) + update / bandwidth
