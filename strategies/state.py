@@ -258,7 +258,7 @@ class CheckpointState:
         if not self._updates or self._updates[index].granularity != "parameters":
             return True
         rows = self._rows(index, param)
-        return rows is None or rows.count > 0
+        return rows is None or rows.length > 0
 
     def _share_of(self, index: int, param: nn.Parameter) -> Tensor:
         rows = self._rows(index, param)

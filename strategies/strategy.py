@@ -377,7 +377,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
                 kind = type(optimizer).__name__
                 _lightning.warn(
                     self.names,
-                    f"{kind} is not known to treat parameters one by one, so every rank updates all of them and holds all of its "
+                    f"{kind} is not known to treat parameters one by one: every rank updates all of them and holds all of its "
                     f"state. If it does, set {kind}.is_by_parameter = True; if each element of its update depends on the same "
                     f"element of gradient and state alone, set {kind}.is_elementwise = True.",
                 )

@@ -41,11 +41,11 @@ class Rows(NamedTuple):
     """Rows of a parameter, along its first dimension."""
 
     start: int
-    count: int
+    length: int
 
     def of(self, tensor: Tensor) -> Tensor:
         """Return these rows of a tensor, as a view."""
-        return tensor.narrow(0, self.start, self.count)
+        return tensor.narrow(0, self.start, self.length)
 
 
 def granularity_of(optimizer: Optimizer) -> Granularity:
@@ -122,7 +122,7 @@ class ShardedUpdate:
         share = self._share(param)
         if share is None:
             return []
-        return [dist.get_global_rank(share.group, rank) for rank, rows in enumerate(share.rows) if rows.count]
+        return [dist.get_global_rank(share.group, rank) for rank, rows in enumerate(share.rows) if rows.length]
 
     def _share(self, param: nn.Parameter) -> _Share | None:
         if param not in self._shares:
@@ -159,7 +159,7 @@ class ShardedUpdate:
                 continue
             state = self._optimizer.state[param]
             if self.granularity == "parameters":
-                if not rows.count:
+                if not rows.length:
                     del self._optimizer.state[param]
                 continue
             for key, value in state.items():
@@ -199,7 +199,7 @@ class ShardedUpdate:
                 param.data = rows.of(whole)
                 # Rows that are none still have state, so that each rank knows of every parameter; a whole parameter is one
                 # rank's business.
-                if rows.count or self.granularity == "rows":
+                if rows.length or self.granularity == "rows":
                     param.grad = rows.of(grad)
 
     @torch.no_grad()
@@ -292,9 +292,9 @@ class _Bucket:
             share = shares[param]
             assert share is not None
             for rank, rows in enumerate(share.rows):
-                if rows.count:
+                if rows.length:
                     self._parts[rank].append((param, rows))
-        self._numel = max(sum(rows.count * math.prod(p.shape[1:]) for p, rows in part) for part in self._parts)
+        self._numel = max(sum(rows.length * math.prod(p.shape[1:]) for p, rows in part) for part in self._parts)
         self._like = params[0]
         self._work: dist.Work | None = None
         self._received: Tensor | None = None

@@ -7,8 +7,8 @@ What lives is followed through a step, at the moments where it can be most:
 - the backward pass of each part: gradients are made, gathered parameters are freed, gradients travel;
 - the update.
 
-Under ZeRO 0 and 1 parameters and gradients are whole. Under ZeRO 2 parameters stay whole from the forward pass to their backward
-pass, under ZeRO 3 one block is, and the next one on its way; gradients of several microbatches add up in parts.
+Under ZeRO 0 and 1 parameters and gradients are whole. Under ZeRO 2 parameters stay whole from the forward pass to their
+backward pass, under ZeRO 3 one block is, and the next one on its way; gradients of several microbatches add up in parts.
 """
 
 from __future__ import annotations
@@ -219,14 +219,13 @@ class _Rank:
     def _update(self) -> Memory:
         job = self.job
         copies = job.optimizer_copies if job.optimizer_copies is not None else (0.0 if job.device.name == "cpu" else 1.0)
-        largest = (
-            max((part.largest for part in self.where.parts), default=0) * self.trace.param_bytes / self.choice.state_shards
-        )
+        shards = self.choice.state_shards
+        largest = max((part.largest for part in self.where.parts), default=0) * self.trace.param_bytes / shards
         work = max(copies * self.updated, 2 * largest if job.optimizer_copies is None else 0.0)
         gradients = self.shard if self.choice.is_sharded else self.whole
         gathered = 0.0
-        if self.choice.state_shards > 1 and not self.choice.is_sharded:  # afterwards, two buckets at a time
-            gathered = min(self.whole, 2 * BUCKET_BYTES) * (1 + 1 / self.choice.state_shards)
+        if shards > 1 and not self.choice.is_sharded:  # afterwards, two buckets at a time
+            gathered = min(self.whole, 2 * BUCKET_BYTES) * (1 + 1 / shards)
         buffers = self._received()
         return self._memory("update", gathered=0.0, gradients=gradients, kept=0.0, work=max(work, gathered), buffers=buffers)
 
