@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from kenotron.optim.placement import ShardAware, is_by_parameter, is_elementwise
+from kenotron.parallel.collectives import all_gather_single
 
 #: ``"rows"``: each rank updates some rows of each parameter. ``"parameters"``: some parameters. ``"none"``: all of them.
 Granularity = Literal["rows", "parameters", "none"]
@@ -304,7 +305,7 @@ class _Bucket:
         own = self._like.new_empty(self._numel, requires_grad=False)
         self._copy(own, self._rank, outwards=True)
         self._received = own.new_empty(self._numel * self._group.size())
-        self._work = dist.all_gather_into_tensor(self._received, own, group=self._group, async_op=True)
+        self._work = all_gather_single(self._received, own, group=self._group, async_op=True)
 
     def collect(self) -> None:
         """Put the other ranks' rows where they belong."""

@@ -40,7 +40,7 @@ Group = ProcessGroup | None
 
 # torch 2.13 renamed these two and warns about the names of before; pyproject.toml allows 2.11.
 _RENAMED = hasattr(dist, "all_gather_single")
-_all_gather_single = dist.all_gather_single if _RENAMED else dist.all_gather_into_tensor
+all_gather_single = dist.all_gather_single if _RENAMED else dist.all_gather_into_tensor
 _reduce_scatter_single = dist.reduce_scatter_single if _RENAMED else dist.reduce_scatter_tensor
 
 
@@ -104,7 +104,7 @@ def all_gather_stack(x: Tensor, group: Group) -> Tensor:
     x = x.contiguous()
     # Flat, and unfolded after: of the forms that torch allows, the one that its compiler traces.
     joined = x.new_empty(group_size(group) * x.numel())
-    _all_gather_single(joined, x.view(-1), group=group)
+    all_gather_single(joined, x.view(-1), group=group)
     return joined.view(group_size(group), *x.shape)
 
 

@@ -17,9 +17,9 @@ from kenotron.testing import RankPool
 
 SHARDED = [
     {"tp": 2},
-    {"dp": 2, "zero_stage": 1},
+    {"dp": 2, "zero_stage": 2},
     {"dp": 2, "zero_stage": 3},
-    {"cp": 2},
+    {"cp": 2, "zero_stage": 3},
     {"dp": 2, "ep": 2, "zero_stage": 0},
 ]
 WHOLE: list[dict[str, Any]] = [
@@ -28,6 +28,8 @@ WHOLE: list[dict[str, Any]] = [
     {"pp": 2},
     {"dp": 2, "dp_replicate": 2},
     {"cp": 2, "zero_stage": 0},
+    {"dp": 2, "zero_stage": 1},
+    {"cp": 2, "zero_stage": 1},
 ]
 
 
@@ -96,10 +98,10 @@ def test_every_optimizer_of_torchs_is_known() -> None:
 
 
 def test_the_error_says_why_and_what_to_type() -> None:
-    with pytest.raises(ValueError, match=r"rows and columns.*zero_stage=3 over 2 ranks.*kenotron.optim.Muon.*set zero_stage=0"):
+    with pytest.raises(ValueError, match=r"rows and columns.*zero_stage=3 over 2 ranks.*kenotron.optim.Muon.*set zero_stage=1"):
         check_optimizer(made(torch.optim.Adafactor), layout(dp=2, zero_stage=3))
-    with pytest.raises(ValueError, match=r"orthogonalises.*tp=2, zero_stage=1 over 2 ranks.*set tp=1 and zero_stage=0"):
-        check_optimizer(made(torch.optim.Muon), layout(dp=2, tp=2))
+    with pytest.raises(ValueError, match=r"orthogonalises.*tp=2, zero_stage=3 over 2 ranks.*set tp=1 and zero_stage=1"):
+        check_optimizer(made(torch.optim.Muon), layout(dp=2, tp=2, zero_stage=3))
     with pytest.raises(ValueError, match=r"not known to be elementwise.*Foreign.is_elementwise = True"):
         check_optimizer(made(Foreign), layout(tp=2))
 
@@ -121,7 +123,7 @@ def error_of(run: Run) -> str:
 
 
 def test_the_strategy_refuses_before_training(optim_pool: RankPool) -> None:
-    for error in optim_pool.run(error_of, 2, Run(decoder, adafactor, {"zero_stage": 1})):
+    for error in optim_pool.run(error_of, 2, Run(decoder, adafactor, {"zero_stage": 3})):
         assert error.startswith("Adafactor keeps means")
     for error in optim_pool.run(error_of, 2, Run(decoder, elsewhere, {"tp": 2})):
         assert "none of the module's" in error

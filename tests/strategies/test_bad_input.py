@@ -148,8 +148,10 @@ CASES = {
     "blocks names nothing": (TinyLM, {}, {**PP2, "blocks": "stack"}, 4, "blocks='stack' names no"),
     "tp without a plan": (NoBlocks, {}, {"tp": 2}, 4, "no plan says what becomes of NoBlocks"),
     "blocks that nobody calls": (NestedLists, {}, PP2, 4, "layers.0 is a ModuleList, which has no forward"),
-    "parameters in a list, updated by hand": (NestedLists, {"kind": "loose"}, {}, 4, "dict in it (shifts.0)"),
-    "averages of sharded weights": (NestedLists, {"kind": "averaged"}, {}, 4, "StochasticWeightAveraging averages whole"),
+    "parameters in a list, updated by hand": (NestedLists, {"kind": "loose"}, {"zero_stage": 3}, 4, "dict in it (shifts.0)"),
+    "averages of sharded weights": (
+        NestedLists, {"kind": "averaged"}, {"zero_stage": 3}, 4, "StochasticWeightAveraging averages whole",
+    ),
     "a plan naming no module": (TinyLM, {}, {"tp": 2, "plan": {"model.encoder.q": "colwise"}}, 4, "no module of TinyLM"),
     "ep that does not divide the ranks": (TinyLM, {}, {"ep": 3}, 4, "ep=3 does not divide dp_shard × cp = 2 × 1"),
     "ep on a model without experts": (TinyLM, {}, {"ep": 2}, 4, "TinyLM has no experts modules"),
