@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from kenotron.layout import ParallelLayout
-from kenotron.parallel import expert, init, overlap, pipeline, sequence, stages, tensor
+from kenotron.parallel import context, expert, init, overlap, pipeline, sequence, stages, tensor
 from kenotron.parallel._torch import flatten
 from kenotron.parallel.context import ContextKind, ContextParallel
 from kenotron.parallel.cut import AbsentParameter, Cut
@@ -177,6 +177,8 @@ def parallelize(
         expert.check_experts(root, experts, layout.ep)
     calls = {canonical(name): expert.call_of(module) for name, module in experts.items()}
     blocks = _blocks(root, plan, request)
+    if layout.cp > 1:
+        context.look(root, layout.cp, request.context)
     if mesh is not None:
         init.broadcast_weights(root, request.device)
         pp_groups = _cut(done, mesh, plan, blocks, request)
@@ -354,12 +356,12 @@ def _context_parallel(done: Parallelized, mesh: DeviceMesh, request: Request) ->
     if layout.cp == 1:
         return
     axis = mesh["cp"]
-    context = ContextParallel(
-        group=axis.get_group(), rank=axis.get_local_rank(), size=layout.cp, kind=request.context, tp=layout.tp,
+    parts = ContextParallel(
+        group=axis.get_group(), rank=axis.get_local_rank(), size=layout.cp, kind=request.context, tp=layout.tp, pp=layout.pp,
         # A pipeline's stream of the model is of one's own already.
         random=None if layout.pp > 1 else OwnStream(axis.get_local_rank(), request.device),
     )  # fmt: skip
-    context.apply(done.root)
+    parts.apply(done.root)
 
 
 def _float8(done: Parallelized, blocks: str | None, request: Request) -> None:

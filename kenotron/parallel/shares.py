@@ -30,6 +30,7 @@ _WHOLE, _SHARE = 0, 1
 #: What gradients are behind a node that communicates over the tp group, whatever they were before it.
 _BEHIND = {
     "_CopyToBackward": _WHOLE,
+    "_CopyTailToBackward": _WHOLE,
     "_ScatterToBackward": _WHOLE,
     "_ReduceFromBackward": _SHARE,
     "_GatherFromBackward": _SHARE,

@@ -36,7 +36,7 @@ from kenotron.layout import divisors
 from kenotron.models.head import Head
 from kenotron.models.layers import FusedLinear, RMSNorm
 from kenotron.models.mixer import CausalConv, GatedNorm
-from kenotron.parallel.collectives import copy_to, gather_from, reduce_from, reduce_scatter_to, scatter_to
+from kenotron.parallel.collectives import copy_tail_to, copy_to, gather_from, reduce_from, reduce_scatter_to, scatter_to
 from kenotron.parallel.logits import VocabParallelLogits
 from kenotron.parallel.plain import (
     check_embedding,
@@ -48,10 +48,9 @@ from kenotron.parallel.plain import (
     watch_hooks,
 )
 from kenotron.parallel.random import OwnStream, draws_masks
+from kenotron.parallel.region import SEQUENCE_DIM, Region
 from kenotron.parallel.shards import Shards, TensorShard, canonical
 from kenotron.parallel.vocab_modules import spread_embedding
-
-SEQUENCE_DIM = 1
 
 #: Where a row-wise linear with a bias keeps what multiplies by its weight: float8 puts another product there.
 PRODUCT = "_kenotron_product"
@@ -73,6 +72,7 @@ class TensorParallel:
     shards: Shards
     device: torch.device
     random: OwnStream = field(init=False)
+    region: Region = field(init=False, default_factory=Region)  # of split linears, that is being run
     _shared: _SharedInput = field(init=False)
     _masked: set[str] = field(init=False, default_factory=set)  # modules with dropout between split linears
 
@@ -192,7 +192,7 @@ class TensorParallel:
             if enclosing(name) in self._masked:
                 self.random.leave()
             if in_sequence_region:
-                return reduce_scatter_to(x, SEQUENCE_DIM, self.group)
+                return self.region.leave(x, lambda y: reduce_scatter_to(y, SEQUENCE_DIM, self.group))
             return reduce_from(x, self.group)
 
         if module._parameters["bias"] is None:
@@ -369,11 +369,7 @@ class TensorParallel:
         if rope_dim is None:
             raise ValueError(f"plan[{name!r}] = 'mla_kv_a_proj' needs a model config with qk_rope_head_dim.")
 
-        def split(m: nn.Module, args: Any, out: Tensor) -> Tensor:
-            compressed, rotary = out.split([out.shape[-1] - rope_dim, rope_dim], dim=-1)
-            return torch.cat([compressed, copy_to(rotary, self.group)], dim=-1)
-
-        module.register_forward_hook(split)
+        module.register_forward_hook(lambda m, args, out: copy_tail_to(out, rope_dim, self.group), prepend=True)
 
     def _cut_embedding(self, root: nn.Module, module: nn.Module, name: str) -> None:
         check_embedding(module, name)
