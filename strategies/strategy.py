@@ -491,6 +491,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             self.root_device,
             enclose=done.enclose,
             before_backward=lambda last: done.before_backward(last_microbatch=last, sync=self._sync),
+            before_graph=done.look_for_shares,
             on_enter=self._streams.enter_model,
         )
         relay = LogRelay(module, pipeline.group, self._host_pp_group, pipeline.last_rank, self._dp_group, self.root_device)

@@ -167,6 +167,7 @@ class Training(Failures):
         assert done is not None
         if self._sum_to_differentiate is not None:
             closure_loss, self._sum_to_differentiate = self._sum_to_differentiate, None
+        done.look_for_shares([closure_loss])
         owed = contextlib.nullcontext() if module.automatic_optimization else done.kept_apart()
         self.pre_backward(closure_loss)
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.pipelining.stage import _RecvInfo as RecvInfo
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -31,6 +33,7 @@ __all__ = [
     "is_in_backward",
     "set_local",
     "share_memory",
+    "unsharded_parameters",
     "watch_compilation",
 ]
 
@@ -39,6 +42,9 @@ functional_all_gather: Callable[..., Tensor] = getattr(funcol, "all_gather_singl
 functional_reduce_scatter: Callable[..., Tensor] = (
     getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
 )
+
+# Since torch 2.12 a module may have several groups of parameters.
+_HAS_GROUPS = "_fsdp_param_groups" in vars(FSDPState())
 
 #: An option of ``torch.compile``: collectives beside matrix products become one operator with them.
 OVERLAP_OPTION = "_micro_pipeline_tp"
@@ -54,6 +60,17 @@ def share_memory(group: dist.ProcessGroup) -> None:
 def default_store() -> dist.Store:
     """Return the key-value store of the default process group."""
     return dist.distributed_c10d._get_default_store()
+
+
+def unsharded_parameters(root: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield what autograd knows each parameter of FSDP2 by once it was gathered, and the sharded parameter."""
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            state: Any = module._get_fsdp_state()
+            for group in state._fsdp_param_groups if _HAS_GROUPS else [state._fsdp_param_group]:
+                for param in group.fsdp_params if group is not None else ():
+                    if hasattr(param, "_unsharded_param"):
+                        yield param._unsharded_param, param.sharded_param
 
 
 def flatten(mesh: Any, *axes: str, name: str) -> Any:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from kenotron.layout import ParallelLayout
-from kenotron.parallel import expert, init, overlap, pipeline, sequence, stages, tensor
+from kenotron.parallel import context, expert, init, overlap, pipeline, sequence, stages, tensor
 from kenotron.parallel._torch import flatten
 from kenotron.parallel.context import ContextKind, ContextParallel
 from kenotron.parallel.cut import AbsentParameter, Cut
@@ -33,6 +33,7 @@ from kenotron.parallel.plan import ParallelPlan, find_plan, pipeline_hints
 from kenotron.parallel.random import OwnStream
 from kenotron.parallel.recompute import Recompute, compile_blocks
 from kenotron.parallel.shards import Shards, canonical
+from kenotron.parallel.shares import ShareCheck
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +90,7 @@ class Parallelized:
     sharded: FullySharded | None = None
     reducers: list[GradientReducer] = field(default_factory=list)
     owed: OwedSums | None = None
+    shares: ShareCheck | None = None
     buffers: SharedBuffers | None = None
     num_parameters: int = 0
 
@@ -123,6 +125,11 @@ class Parallelized:
         if last_microbatch and sync:
             for reducer in self.reducers:
                 reducer.arm()
+
+    def look_for_shares(self, outputs: Iterable[Any]) -> None:
+        """Before a backward pass from ``outputs``: find parameters whose gradients will be owed a sum over tp."""
+        if self.shares is not None and not self.shares.is_done:
+            self.shares.look(outputs, self.named_parameters(), self.root)
 
     @contextlib.contextmanager
     def kept_apart(self) -> Iterator[None]:
@@ -170,6 +177,8 @@ def parallelize(
         expert.check_experts(root, experts, layout.ep)
     calls = {canonical(name): expert.call_of(module) for name, module in experts.items()}
     blocks = _blocks(root, plan, request)
+    if layout.cp > 1:
+        context.look(root, layout.cp, request.context)
     if mesh is not None:
         init.broadcast_weights(root, request.device)
         pp_groups = _cut(done, mesh, plan, blocks, request)
@@ -287,7 +296,8 @@ def _tensor_parallel(
         return {}
     if plan is None or not plan.tensor:
         raise ValueError(
-            f"tp={tp_size}, but no plan says what becomes of {type(root).__name__}'s modules. transformers models bring one "
+            (plan.unreadable if plan else "")
+            or f"tp={tp_size}, but no plan says what becomes of {type(root).__name__}'s modules. transformers models bring one "
             "(base_model_tp_plan). For others write it, e.g. plan={'model.layers.*.attn.qkv': 'colwise', "
             "'model.layers.*.attn.out': 'rowwise', 'model.layers.*.mlp.up': 'colwise', 'model.layers.*.mlp.down': 'rowwise'}, "
             "or set tp=1 and more dp."
@@ -309,6 +319,7 @@ def _tensor_parallel(
     tp.apply(root, styles, itertools.chain.from_iterable(found.split for found in regions.values()))
     sequence.apply_sequence_parallel(root, regions, runs, tp)
     done.shards.use_canonical_names(done.aliases)
+    done.shares = ShareCheck(group, done.shards)
     return _groups_of_shared_heads(done.shards, mesh)
 
 
@@ -345,12 +356,12 @@ def _context_parallel(done: Parallelized, mesh: DeviceMesh, request: Request) ->
     if layout.cp == 1:
         return
     axis = mesh["cp"]
-    context = ContextParallel(
-        group=axis.get_group(), rank=axis.get_local_rank(), size=layout.cp, kind=request.context, tp=layout.tp,
+    parts = ContextParallel(
+        group=axis.get_group(), rank=axis.get_local_rank(), size=layout.cp, kind=request.context, tp=layout.tp, pp=layout.pp,
         # A pipeline's stream of the model is of one's own already.
         random=None if layout.pp > 1 else OwnStream(axis.get_local_rank(), request.device),
     )  # fmt: skip
-    context.apply(done.root)
+    parts.apply(done.root)
 
 
 def _float8(done: Parallelized, blocks: str | None, request: Request) -> None:

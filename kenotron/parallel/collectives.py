@@ -6,6 +6,7 @@ each rank holds a slice.
 
     forward                                       backward
     copy_to             replicated → replicated   partial gradients are all-reduced
+    copy_tail_to        replicated → replicated   gradients of the last columns, partial ones, are all-reduced
     reduce_from         partial → replicated      identity
     mean_from           each its own → mean       identity
     gather_from         sharded → replicated      own slice of the gradient (grad="slice", it is replicated), or
@@ -47,6 +48,11 @@ _reduce_scatter_single = dist.reduce_scatter_single if _RENAMED else dist.reduce
 def copy_to(x: Tensor, group: Group) -> Tensor:
     """Return ``x``, which all ranks hold alike and go on to use differently; backward sums their gradients."""
     return x if _alone(group) else _apply(_CopyTo, x, group)
+
+
+def copy_tail_to(x: Tensor, width: int, group: Group) -> Tensor:
+    """Return ``x``, of which all ranks go on to use the last ``width`` columns differently, and the others alike."""
+    return x if _alone(group) else _apply(_CopyTailTo, x, width, group)
 
 
 def reduce_from(x: Tensor, group: Group) -> Tensor:
@@ -191,6 +197,18 @@ class _CopyTo(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return reduce_from(grad, ctx.group), None
+
+
+class _CopyTailTo(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, width: int, group: ProcessGroup) -> Tensor:
+        ctx.width, ctx.group = width, group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        head, tail = grad.split([grad.shape[-1] - ctx.width, ctx.width], dim=-1)
+        return torch.cat([head, reduce_from(tail, ctx.group)], dim=-1), None, None
 
 
 class _ReduceFrom(Function):

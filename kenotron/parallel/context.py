@@ -18,6 +18,7 @@ So a ``training_step`` sees one loss on all cp ranks, as if it had run the whole
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass, replace
@@ -29,13 +30,16 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from kenotron.layout import divisors
-from kenotron.models.mixer import Place
+from kenotron.parallel import stages
+from kenotron.parallel.attend import IMPLEMENTATION, Sequences, attend, no_mask
+from kenotron.parallel.certify import UnfitError, Verdict, try_parts
 from kenotron.parallel.collectives import gather_from, mean_from
+from kenotron.parallel.entry import BlockEntry, Call
+from kenotron.parallel.init import STORED
 from kenotron.parallel.logits import VocabParallelLogits
-from kenotron.parallel.plan import transformers_models
+from kenotron.parallel.plan import pipeline_hints, transformers_models
 from kenotron.parallel.random import OwnStream
-from kenotron.parallel.ring import contiguous_indices, ring_attention, ulysses_attention, zigzag_indices
-from kenotron.parallel.states import Stretches
+from kenotron.parallel.ring import contiguous_indices, zigzag_indices
 
 ContextKind = Literal["ring", "ulysses"]
 KINDS = ("ring", "ulysses")
@@ -47,7 +51,7 @@ def check_kind(kind: str) -> None:
         raise ValueError(f"context={kind!r} is unknown. Set context to one of {', '.join(map(repr, KINDS))}.")
 
 
-_IMPLEMENTATION = "kenotron_context"  # of attention, as transformers knows it; also the argument by which it finds the ranks
+_VERDICT, _ENTRY = "_kenotron_parts", "_kenotron_entry"  # attributes of a model: what was found of it, how it is entered
 _IGNORED = -100  # the label of tokens without one
 _ATTENTION_KINDS = {"full_attention", "sliding_attention"}
 _ROPE_BY_LENGTH = ("dynamic", "longrope")
@@ -60,7 +64,7 @@ class ContextParallel:
     Args:
         group: the ranks that share sequences. rank, size: of this process in it.
         kind: ``"ring"`` passes keys and values around; ``"ulysses"`` exchanges parts of the sequence for heads.
-        tp: ranks over which heads are split already.
+        tp: ranks over which heads are split already. pp: stages, of which each has some of the blocks.
         random: what the model draws from in training; ``None``: what is drawn from around it.
     """
 
@@ -69,6 +73,7 @@ class ContextParallel:
     size: int
     kind: ContextKind
     tp: int = 1
+    pp: int = 1
     random: OwnStream | None = None
 
     def apply(self, root: nn.Module) -> None:
@@ -83,20 +88,22 @@ class ContextParallel:
                 f"cp={self.size}, but {type(root).__name__} holds no transformers model, whose attention could be replaced"
                 f"{_named(root, 'attention')}. Set cp=1."
             )
-        from transformers import AttentionInterface, AttentionMaskInterface
-
-        AttentionInterface.register(_IMPLEMENTATION, attend)
-        AttentionMaskInterface.register(_IMPLEMENTATION, _no_mask)
-        from kenotron.models.mamba import Mamba
-
+        look(root, self.size, self.kind)  # where nobody has done so before
         for _, model in models:
-            has_attention = not isinstance(model, Mamba)
+            has_attention = _VERDICT in model.__dict__
             if has_attention:
-                self._check(model)
-                model.set_attn_implementation(_IMPLEMENTATION)
+                self._check_heads(model.config.get_text_config(decoder=True))
+                model.set_attn_implementation(IMPLEMENTATION)
+                model.__dict__[_ENTRY] = self._entry(model)
             kind = type(model)
             model.__class__ = type(kind.__name__, (_CutModel, kind), {"__module__": kind.__module__})
             model.__dict__["_context"] = self if has_attention else replace(self, kind="ulysses")
+
+    def _entry(self, model: Any) -> BlockEntry | None:
+        """Return how a model is entered that needs whole sequences before its first block, if it can be."""
+        if model.__dict__[_VERDICT].kind != "entered" or self.pp > 1:
+            return None
+        return BlockEntry(model.get_submodule(_blocks_of(model)).children())
 
     @property
     def multiple(self) -> int:
@@ -123,32 +130,6 @@ class ContextParallel:
         places = torch.cat([self.indices(whole.shape[1], rank, x.device) for rank in range(self.size)])
         return whole.index_select(1, places.argsort()[:length])
 
-    # -------------------------------------------------------------------------------------------------------- checks
-
-    def _check(self, model: Any) -> None:
-        kind, config = type(model).__name__, model.config.get_text_config(decoder=True)
-        strange = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS)
-        if strange:
-            mixers = _named(model, *(word.removesuffix("_attention") for word in strange), "mamba", "conv", "delta")
-            raise ValueError(f"cp={self.size}: {kind} has layers of kind {', '.join(strange)}{mixers}. Set cp=1.")
-        parameters = inspect.signature(model.forward).parameters
-        takes_all = "position_ids" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
-        if not (model._supports_attention_backend and model._can_set_attn_implementation() and takes_all):
-            raise ValueError(
-                f"cp={self.size}: the attention of {kind} does not go through transformers' AttentionInterface with position "
-                f"ids{_named(model, 'attention')}. Set cp=1."
-            )
-        rope = getattr(config, "rope_parameters", None) or {}
-        if rope.get("rope_type") in _ROPE_BY_LENGTH:
-            raise ValueError(
-                f"cp={self.size}: {kind} has rope_type={rope['rope_type']!r}, which depends on the longest position that a "
-                "rank sees. Set rope_type to 'default', 'linear', 'yarn' or 'llama3', or cp=1."
-            )
-        is_language_model = kind.endswith(("ForCausalLM", "ForMaskedLM", "LMHeadModel")) or _takes_shifted_labels(model.forward)
-        if not (model.base_model is model or is_language_model):
-            raise ValueError(f"cp={self.size}: {kind} is no language model, and can't be run on parts of sequences. Set cp=1.")
-        self._check_heads(config)
-
     def _check_heads(self, config: Any) -> None:
         heads = config.num_attention_heads
         if self.kind == "ulysses" and heads % (self.tp * self.size):
@@ -158,6 +139,66 @@ class ContextParallel:
             )
 
 
+def look(root: nn.Module, cp: int, kind: ContextKind) -> None:
+    """Look at the whole models in ``root``, before anything is cut: can they work on parts, and what do they need of the whole?
+
+    Raises:
+        ValueError: an attention that can't be replaced, or that does what attention on parts can't do.
+    """
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    from kenotron.models.mamba import Mamba
+
+    AttentionInterface.register(IMPLEMENTATION, attend)
+    AttentionMaskInterface.register(IMPLEMENTATION, no_mask)
+    length = 4 * cp
+    of = zigzag_indices if kind == "ring" else contiguous_indices
+    parts = [of(length, cp, rank) for rank in range(cp)]
+    for _, model in transformers_models(root):
+        if _VERDICT in model.__dict__ or isinstance(model, Mamba):
+            continue
+        _check(model, cp)
+        try:
+            found = try_parts(model, IMPLEMENTATION, parts, blocks=_blocks_of(model), shared=(STORED,))
+        except UnfitError as problem:
+            raise ValueError(str(problem)) from None
+        model.__dict__[_VERDICT] = found
+
+
+def _blocks_of(model: Any) -> str | None:
+    """Return the name of a model's list of blocks, if there is one such list."""
+    try:
+        return stages.find_blocks(model, None, pipeline_hints(model))
+    except ValueError:
+        return None
+
+
+def _check(model: Any, cp: int) -> None:
+    kind, config = type(model).__name__, model.config.get_text_config(decoder=True)
+    strange = sorted(set(getattr(config, "layer_types", None) or ()) - _ATTENTION_KINDS)
+    if strange:
+        mixers = _named(model, *(word.removesuffix("_attention") for word in strange), "mamba", "conv", "delta")
+        raise ValueError(f"cp={cp}: {kind} has layers of kind {', '.join(strange)}{mixers}. Set cp=1.")
+    parameters = inspect.signature(model.forward).parameters
+    takes_all = "position_ids" in parameters and any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if not (model._supports_attention_backend and model._can_set_attn_implementation() and takes_all):
+        raise ValueError(
+            f"cp={cp}: the attention of {kind} does not go through transformers' AttentionInterface with position "
+            f"ids{_named(model, 'attention')}. Set cp=1."
+        )
+    ropes = getattr(config, "rope_parameters", None) or {}
+    every = [ropes, *(rope for rope in ropes.values() if isinstance(rope, Mapping))]  # or one for each kind of layer
+    by_length = [rope["rope_type"] for rope in every if rope.get("rope_type") in _ROPE_BY_LENGTH]
+    if by_length:
+        raise ValueError(
+            f"cp={cp}: {kind} has rope_type={by_length[0]!r}, which depends on the longest position that a "
+            "rank sees. Set rope_type to 'default', 'linear', 'yarn' or 'llama3', or cp=1."
+        )
+    is_language_model = kind.endswith(("ForCausalLM", "ForMaskedLM", "LMHeadModel")) or _takes_shifted_labels(model.forward)
+    if not (model.base_model is model or is_language_model):
+        raise ValueError(f"cp={cp}: {kind} is no language model, and can't be run on parts of sequences. Set cp=1.")
+
+
 def _named(root: nn.Module, *words: str) -> str:
     """Return the names of modules whose class is called like one of ``words``, as part of a sentence."""
     found = [n for n, m in root.named_modules() if n and any(word in type(m).__name__.lower() for word in words)]
@@ -165,30 +206,6 @@ def _named(root: nn.Module, *words: str) -> str:
 
 
 # ---- In and out -----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Sequences:
-    """What attention must know of the sequences that a call of a model is about.
-
-    Args:
-        axis: the ranks that share them. documents: as ``ring_attention`` takes them; ``None``: one, without padding.
-    """
-
-    axis: ContextParallel
-    documents: Tensor | None
-
-    def place(self) -> Place:
-        """Return what a mixer of Mamba must know of this rank's stretch."""
-        axis, documents = self.axis, self.documents
-        if documents is None:
-            return Place(neighbours=Stretches(group=axis.group, rank=axis.rank, documents=None))
-        length = documents.shape[1] // axis.size
-        here = slice(axis.rank * length, (axis.rank + 1) * length)
-        numbers = torch.where(documents < 0, -2 - documents, documents)  # padding belongs to what it stands beside
-        starts = F.pad(numbers.diff(dim=1) != 0, (1, 0), value=False)
-        neighbours = Stretches(group=axis.group, rank=axis.rank, documents=numbers)
-        return Place(documents[:, here] >= 0, starts[:, here], neighbours)
 
 
 class _CutModel:
@@ -206,20 +223,40 @@ class _CutModel:
         length = like.shape[1]
         padded = -(-length // axis.multiple) * axis.multiple
         labels, shifted, count = (given.pop(name, None) for name in ("labels", "shift_labels", "num_items_in_batch"))
-        inside = _cut_inputs(axis, given, like.shape[:2], padded)
+        entry = self._whole_entry(given)
+        inside = _cut_inputs(axis, given, like.shape[:2], padded, is_whole=entry is not None)
         loss = None
         if labels is not None or shifted is not None:
             loss = _Loss(axis, model, labels, shifted, count, padded)
             takes_shifted = _takes_shifted_labels(super().forward)  # type: ignore[misc]
             inside |= loss.hand_over() if takes_shifted else loss.stand_in()
         stream = axis.random if model.training else None  # type: ignore[attr-defined]
+        if entry is not None:
+            cut = functools.partial(axis.cut, length=padded)
+            entry.open(Call(batch=like.shape[0], length=length, own=padded // axis.size, cut=cut))
         try:
             with contextlib.nullcontext() if stream is None else stream.entered():
                 output = super().forward(**inside)  # type: ignore[misc]
         finally:
             if loss is not None:
                 loss.restore()
+            if entry is not None:
+                entry.close()
         return _whole_output(axis, output, like.shape[0], length, padded // axis.size, loss)
+
+    def _whole_entry(self, given: Mapping[str, Any]) -> BlockEntry | None:
+        """Return how the model is entered with whole sequences, if it makes positions of its own out of them."""
+        verdict: Verdict | None = self.__dict__.get(_VERDICT)
+        if verdict is None or verdict.kind == "alike" or given.get("position_ids") is not None:
+            return None
+        entry: BlockEntry | None = self.__dict__[_ENTRY]
+        if entry is None:
+            why = f"could not be tried ({verdict.problem})" if verdict.problem else "are not those that count from 0"
+            raise ValueError(
+                f"cp > 1: the positions that {type(self).__name__} makes of whole sequences {why}, and its parts can't be told "
+                f"them{' with pp > 1' if self._context.pp > 1 else ''}. Call it with position_ids [batch, length], or set cp=1."
+            )
+        return entry
 
 
 def _arguments(forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -249,9 +286,18 @@ def _refuse(given: Mapping[str, Any]) -> None:
             raise ValueError(f"cp > 1: {name}={value!r} needs whole sequences. Leave it out, or set cp=1.")
 
 
-def _cut_inputs(axis: ContextParallel, given: Mapping[str, Any], size: torch.Size, padded: int) -> dict[str, Any]:
-    """Return what the model is called with: this rank's part of everything that runs along the sequence."""
+def _cut_inputs(
+    axis: ContextParallel, given: Mapping[str, Any], size: torch.Size, padded: int, *, is_whole: bool
+) -> dict[str, Any]:
+    """Return what the model is called with: this rank's part of everything that runs along the sequence.
+
+    Args:
+        is_whole: all of it, which is cut where the first block is entered.
+    """
     documents = _documents(given, size, padded)
+    if is_whole:
+        inside = {name: value for name, value in given.items() if name not in _PACKING}
+        return inside | {"use_cache": False, IMPLEMENTATION: Sequences(axis, documents, frozenset(inside))}
     inside = {name: value for name, value in given.items() if name not in ("attention_mask", *_PACKING)}
     positions = inside.pop("position_ids", None)
     device = next(value.device for value in given.values() if isinstance(value, Tensor))
@@ -262,7 +308,7 @@ def _cut_inputs(axis: ContextParallel, given: Mapping[str, Any], size: torch.Siz
             inside[name] = axis.cut(value, padded)
     inside["position_ids"] = axis.cut(positions, padded)
     inside["use_cache"] = False
-    inside[_IMPLEMENTATION] = Sequences(axis, documents)
+    inside[IMPLEMENTATION] = Sequences(axis, documents, frozenset(inside))
     return inside
 
 
@@ -333,7 +379,7 @@ class _Loss:
 
     def __call__(self, logits: Tensor, labels: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         self.was_called = True
-        kwargs = {name: value for name, value in kwargs.items() if name != _IMPLEMENTATION}
+        kwargs = {name: value for name, value in kwargs.items() if name != IMPLEMENTATION}
         kwargs |= {"num_items_in_batch": self._count} | ({"shift_labels": self._labels} if self._shifts else {})
         loss: Tensor = self._function(logits, self._labels, *args, **kwargs)
         return loss
@@ -392,58 +438,3 @@ class CutLogits:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         cls()._refuse()
-
-
-# ---- What transformers calls ----------------------------------------------------------------------------------------
-
-
-def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    s_aux: Tensor | None = None,
-    kenotron_context: Sequences | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """Return the attention of this rank's queries to all ranks' keys, as an implementation of transformers' interface.
-
-    Args:
-        query: [batch, heads, local length, head size]. key, value: with as many heads, or a divisor.
-        s_aux: [heads], sinks. kenotron_context: where the sequences lie.
-
-    Returns:
-        [batch, local length, heads, head size of the values], and no weights.
-    """
-    if kenotron_context is None:
-        raise ValueError(
-            f"cp > 1: {type(module).__name__} was called from outside of its model, or the model does not hand its arguments "
-            "down. Call the model, or set cp=1."
-        )
-    if dropout:
-        raise ValueError(f"cp > 1 with attention dropout of {dropout} is not available. Set attention_dropout=0 in the config.")
-    axis = kenotron_context.axis
-    function = ring_attention if axis.kind == "ring" else ulysses_attention
-    out = function(
-        query,
-        key,
-        value,
-        group=axis.group,
-        documents=kenotron_context.documents,
-        causal=getattr(module, "is_causal", True) if is_causal is None else is_causal,
-        window=sliding_window,
-        scale=scaling,
-        softcap=softcap,
-        sinks=s_aux,
-    )
-    return out.transpose(1, 2).contiguous(), None
-
-
-def _no_mask(*args: Any, **kwargs: Any) -> None:
-    """Masks are made of positions and documents where they are needed."""

@@ -2,8 +2,8 @@
 
 Weights, gradients and checkpoints stay what they are: inputs, weights and output gradients are scaled and cast for the three
 products of a layer, each time anew (dynamic scaling, arXiv 2209.05433). The layer's own object stays in the module, with its
-hooks; only its ``forward`` is replaced, so tensor parallelism, ZeRO and pipelines know nothing of it. On a tp rank scales are
-those of its part.
+hooks; only its ``forward`` is replaced (of a row-wise linear with a bias the product alone), so ZeRO and pipelines know nothing
+of it. On a tp rank scales are those of its part.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from kenotron.models.autocast import compute_dtype
+from kenotron.parallel.tensor import PRODUCT
 
 #: The tensor cores want both sides of a matrix in multiples of it.
 _MULTIPLE = 16
@@ -81,23 +82,29 @@ class Float8:
         count = 0
         for block in blocks:
             for name, module in block.named_modules():
-                if self._takes(name, module):
-                    module.forward = _in_float8(module, config)
-                    count += 1
+                if not self._takes(name, module):
+                    continue
+                if PRODUCT in module.__dict__:  # tensor parallelism sums what it gives, and adds the bias afterwards
+                    module.__dict__[PRODUCT] = _in_float8(module, config, with_bias=False)
+                else:
+                    module.forward = _in_float8(module, config, with_bias=module.bias is not None)
+                count += 1
         return count
 
     def _takes(self, name: str, module: nn.Module) -> bool:
         # Layers with a forward of their own (routers, convolutions) do more than multiply.
         if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
             return False
+        if "forward" in module.__dict__ and PRODUCT not in module.__dict__:
+            return False
         fits = module.weight.numel() > 0 and all(size % _MULTIPLE == 0 for size in module.weight.shape)
         return fits and not any(re.fullmatch(expression, name) for expression in self.skip)
 
 
-def _in_float8(module: nn.Linear, config: Any) -> Callable[[Tensor], Tensor]:
+def _in_float8(module: nn.Linear, config: Any, *, with_bias: bool) -> Callable[[Tensor], Tensor]:
     from torchao.float8 import convert_to_float8_training
 
-    stand_in = nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+    stand_in = nn.Linear(module.in_features, module.out_features, with_bias, device="meta")
     layer = convert_to_float8_training(stand_in, config=config)
 
     def forward(x: Tensor) -> Tensor:
@@ -109,4 +116,4 @@ def _in_float8(module: nn.Linear, config: Any) -> Callable[[Tensor], Tensor]:
         product: Tensor = functional_call(layer, parameters, (x.to(compute_dtype(x)),))
         return product
 
-    return forward if module.bias is None else forward_with_bias
+    return forward_with_bias if with_bias else forward

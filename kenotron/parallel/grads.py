@@ -67,7 +67,7 @@ class OwedSums:
         pp_groups: Mapping[tuple[int, ...], dist.ProcessGroup],
     ) -> None:
         self._by_group: list[tuple[set[str], dist.ProcessGroup]] = []
-        if shards.partial and shards.tp > 1:
+        if shards.tp > 1:  # ``partial`` may grow when the first graph is seen
             self._by_group.append((shards.partial, tp_group))
         self._shards, self._kv_groups = shards, kv_groups
         for holders, group in pp_groups.items():

@@ -36,7 +36,7 @@ class StoredWeights(Protocol):
         """Fill ``into``, on any device, with a box of a parameter."""
 
 
-_STORED = "_kenotron_weights"
+STORED = "_kenotron_weights"
 _INITIALISER = "_kenotron_initialiser"
 _is_deferring = ContextVar("_is_deferring", default=False)
 
@@ -66,7 +66,7 @@ def meta_device(dtype: torch.dtype | None) -> Iterator[None]:
 
 def attach(model: nn.Module, weights: StoredWeights) -> None:
     """Give a model on the meta device its weights: at once, or when it has been cut, where that is about to come."""
-    model.__dict__[_STORED] = weights
+    model.__dict__[STORED] = weights
     if not _is_deferring.get():
         with torch.device("cpu"):
             aliases = {name: first for first, *others in names_of_parameters(model).values() for name in others}
@@ -173,7 +173,7 @@ class _Stored:
     """The stored weights of all models in a module, by names from that. The models themselves no longer carry them."""
 
     def __init__(self, root: nn.Module) -> None:
-        self._models = {canonical(n): m.__dict__.pop(_STORED) for n, m in root.named_modules() if _STORED in m.__dict__}
+        self._models = {canonical(n): m.__dict__.pop(STORED) for n, m in root.named_modules() if STORED in m.__dict__}
 
     def _find(self, name: str) -> tuple[StoredWeights, str] | None:
         for prefix, weights in self._models.items():

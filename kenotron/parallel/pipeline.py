@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -114,6 +114,7 @@ class Pipeline:
         group: the pipeline group. device: where activations live.
         enclose: runs a callable inside the root's own forward hooks (FSDP2's), if it has any.
         before_backward: called with ``last=True`` before this rank's last backward pass of a step, else ``last=False``.
+        before_graph: called with what each backward pass starts from.
         on_enter: called in every flight before the first own unit runs.
     """
 
@@ -126,6 +127,7 @@ class Pipeline:
         *,
         enclose: Callable[[Callable[[], Any]], Any] = lambda call: call(),
         before_backward: Callable[[bool], None] = lambda last: None,
+        before_graph: Callable[[Iterable[Any]], None] = lambda outputs: None,
         on_enter: Callable[[], None] | None = None,
     ) -> None:
         self.cut = cut
@@ -135,6 +137,7 @@ class Pipeline:
         self.pp = dist.get_world_size(group)
         self.enclose = enclose
         self.before_backward = before_backward
+        self.before_graph = before_graph
         self.on_enter = on_enter
         self.observer: Observer | None = None
         self.is_last = cut.num_stages - 1 in cut.local_stages
@@ -372,6 +375,8 @@ class _Stage(PipelineStage):
     def backward_one_chunk(
         self, bwd_chunk_id: int, loss: Any = None, full_backward: bool = True, last_backward: bool = False
     ) -> None:
+        outputs, _ = self.fwd_cache[bwd_chunk_id]
+        self._pipeline.before_graph([loss] if self.is_last else outputs)
         self._pipeline._announce_backward(counts=full_backward)
         action = "backward" if full_backward else "backward-input"
         with self._pipeline._observed(self.stage_index, action, bwd_chunk_id):

@@ -43,6 +43,7 @@ class ParallelPlan:
         tensor: pattern of module names (``*`` stands for one part of a dotted name) -> one of ``STYLES``.
         blocks: name of the list of like layers.
         stages: names (or patterns) of the units of each pipeline stage, in the order in which they run.
+        unreadable: why a model's own plan gives nothing to ``tensor``; tensor parallelism is refused with these words.
 
     Raises:
         ValueError: an unknown style.
@@ -51,6 +52,7 @@ class ParallelPlan:
     tensor: Mapping[str, str] = field(default_factory=dict)
     blocks: str | None = None
     stages: Sequence[Sequence[str]] | None = None
+    unreadable: str = ""
 
     def __post_init__(self) -> None:
         for pattern, style in self.tensor.items():
@@ -107,15 +109,24 @@ def find_plan(root: nn.Module, user_plan: ParallelPlan | None) -> ParallelPlan |
     if user_plan is not None and user_plan.tensor:
         return user_plan
     tensor: dict[str, str] = {}
+    unreadable = ""
     for name, module in transformers_models(root):
-        tensor.update(_model_plan(name, module))
-    if not tensor:
+        try:
+            tensor.update(_model_plan(canonical(name), module))
+        except _UnknownStyles as problem:
+            unreadable = str(problem)
+    if not tensor and not unreadable:
         return user_plan
     return ParallelPlan(
-        tensor=tensor,
+        tensor={} if unreadable else tensor,
         blocks=user_plan.blocks if user_plan else None,
         stages=user_plan.stages if user_plan else None,
+        unreadable=unreadable,
     )
+
+
+class _UnknownStyles(Exception):
+    """A model's plan uses styles that are not known here: told where they matter, under tensor parallelism alone."""
 
 
 def transformers_models(root: nn.Module) -> list[tuple[str, Any]]:
@@ -151,21 +162,21 @@ def _transformers_plan(name: str, model: Any) -> dict[str, str]:
     base_plan = getattr(model.config.get_text_config(decoder=True), "base_model_tp_plan", None)
     if not base_plan:
         return {}
-    base_name = next((n for n, m in model.named_modules() if m is model.base_model), "")
+    base_name = canonical(next((n for n, m in model.named_modules() if m is model.base_model), ""))
     styles = {_join(name, _join(base_name, key)): style for key, style in base_plan.items() if style in STYLES}
     unknown = {style for style in base_plan.values() if style not in STYLES}
     if unknown:
-        raise ValueError(
+        raise _UnknownStyles(
             f"the tp plan of {type(model).__name__} uses {', '.join(sorted(unknown))}, which tensor parallelism here does not "
             f"know. Set tp=1, or write a plan with the styles {', '.join(STYLES)}."
         )
-    known = {n for n, _ in model.named_modules()} | {n for n, _ in model.named_parameters()}
+    known = {canonical(n) for n, _ in model.named_modules()} | {canonical(n) for n, _ in model.named_parameters()}
     local = {key[len(name) + 1 :] if name else key: key for key in styles}
     styles = {full: styles[full] for key, full in local.items() if any(_pattern(key).fullmatch(n) for n in known)}
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if isinstance(head, nn.Linear):
-        head_name = next(n for n, m in model.named_modules() if m is head)
-        embedding_name = next(n for n, m in model.named_modules() if m is embedding)
+        head_name = canonical(next(n for n, m in model.named_modules() if m is head))
+        embedding_name = canonical(next(n for n, m in model.named_modules() if m is embedding))
         styles[_join(name, head_name)] = "vocab_head"
         if isinstance(embedding, nn.Embedding):
             styles[_join(name, embedding_name)] = "vocab_embedding"

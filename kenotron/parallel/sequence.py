@@ -8,15 +8,18 @@ parallelism in between, which is right for any content.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from kenotron.parallel.collectives import gather_from, scatter_to
 from kenotron.parallel.random import draws_masks
-from kenotron.parallel.tensor import SEQUENCE_DIM, TensorParallel
+from kenotron.parallel.region import SEQUENCE_DIM, Region
+from kenotron.parallel.tensor import TensorParallel
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,12 +40,31 @@ class SequenceRegions:
 _WORKS_ON_SLICES = (nn.Dropout, nn.Identity, nn.LayerNorm, nn.RMSNorm, nn.GELU, nn.ReLU, nn.SiLU)
 
 
+def _works_on_slices(module: nn.Module) -> bool:
+    """Return whether a module gives each token what it gives it within the whole sequence: by class, or norms if they do."""
+    if any(isinstance(module, kind) and type(module).forward is kind.forward for kind in _WORKS_ON_SLICES):
+        return len(getattr(module, "normalized_shape", (1,))) == 1
+    sizes = [param.shape[-1] for param in module.parameters() if param.ndim]
+    if not type(module).__name__.endswith("Norm") or not sizes:
+        return False
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        memo: dict[int, Any] = {id(param): nn.Parameter(torch.rand(param.shape)) for param in module.parameters()}
+        memo |= {id(buffer): torch.rand(buffer.shape).to(buffer.dtype) for buffer in module.buffers()}
+        x = torch.rand(2, 4, sizes[0])
+        try:
+            norm = copy.deepcopy(module, memo).eval()
+            whole, part = norm(x), norm(x[:, :2])
+        except Exception:  # of any code: it is called otherwise, and then gets whole sequences
+            return False
+    return isinstance(whole, Tensor) and whole.shape == x.shape and torch.allclose(whole[:, :2], part, atol=1e-5)
+
+
 def regions_of(block: nn.Module, name: str, styles: dict[str, str]) -> SequenceRegions:
     """Sort the children of a block (called ``name`` from the root) by what they need of the sequence."""
     split, whole, slices = [], [], []
     for child_name, child in block.named_children():
         full = f"{name}.{child_name}"
-        if isinstance(child, _WORKS_ON_SLICES) or type(child).__name__.endswith("Norm"):
+        if _works_on_slices(child):
             slices.append(full)
         elif _only_split_linears(child, full, styles):
             split.append(full)
@@ -80,23 +102,35 @@ def apply_sequence_parallel(
     """
     for blocks in groups_of_blocks:
         first, last = root.get_submodule(blocks[0]), root.get_submodule(blocks[-1])
-        first.register_forward_pre_hook(_on_input(lambda x: scatter_to(x, SEQUENCE_DIM, tp.group)), with_kwargs=True)
+        first.register_forward_pre_hook(_on_input(lambda x: _cut(x, tp)), with_kwargs=True)
         last.register_forward_hook(_on_output(lambda x: gather_from(x, SEQUENCE_DIM, tp.group, grad="slice")))
         for block_name in blocks:
             block, found = root.get_submodule(block_name), regions[block_name]
             for name in found.split:
-                gather = _on_input(lambda x: gather_from(x, SEQUENCE_DIM, tp.group, grad="reduce_scatter"))
+                gather = _on_input(lambda x: tp.region.enter(gather_from(x, SEQUENCE_DIM, tp.group, grad="reduce_scatter")))
                 root.get_submodule(name).register_forward_pre_hook(gather, with_kwargs=True)
             for name in found.whole:
                 region = root.get_submodule(name)
-                gather = _on_input(lambda x: gather_from(x, SEQUENCE_DIM, tp.group, grad="slice"))
+                shape = Region()
+                gather = _on_input(lambda x, of=shape: of.enter(gather_from(x, SEQUENCE_DIM, tp.group, grad="slice")))
                 region.register_forward_pre_hook(gather, with_kwargs=True)
-                region.register_forward_hook(_on_output(lambda x: scatter_to(x, SEQUENCE_DIM, tp.group)))
+                leave = _on_output(lambda x, of=shape: of.leave(x, lambda y: scatter_to(y, SEQUENCE_DIM, tp.group)))
+                region.register_forward_hook(leave)
             if draws_masks(block):
                 _draw_apart(root, block, found, tp)
             for name in found.slices:
                 tp.shards.partial.update(f"{name}.{key}" for key, _ in root.get_submodule(name).named_parameters())
             tp.shards.partial.update(f"{block_name}.{key}" for key, _ in block.named_parameters(recurse=False))
+
+
+def _cut(x: Tensor, tp: TensorParallel) -> Tensor:
+    length = x.shape[SEQUENCE_DIM]
+    if length % tp.size:
+        raise ValueError(
+            f"sequence_parallel=True: sequences of {length} tokens can't be cut for tp={tp.size}. Pad them to a multiple of "
+            f"{tp.size}, or set sequence_parallel=False."
+        )
+    return scatter_to(x, SEQUENCE_DIM, tp.group)
 
 
 def _draw_apart(root: nn.Module, block: nn.Module, regions: SequenceRegions, tp: TensorParallel) -> None:

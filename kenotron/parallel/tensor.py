@@ -21,8 +21,9 @@ rowwise_to_split         nothing: the input is split             sum (backward: 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -35,13 +36,24 @@ from kenotron.layout import divisors
 from kenotron.models.head import Head
 from kenotron.models.layers import FusedLinear, RMSNorm
 from kenotron.models.mixer import CausalConv, GatedNorm
-from kenotron.parallel.collectives import copy_to, gather_from, reduce_from, reduce_scatter_to, scatter_to
+from kenotron.parallel.collectives import copy_tail_to, copy_to, gather_from, reduce_from, reduce_scatter_to, scatter_to
 from kenotron.parallel.logits import VocabParallelLogits
+from kenotron.parallel.plain import (
+    check_embedding,
+    check_linear,
+    check_norm,
+    check_rows,
+    class_name,
+    enclosing,
+    watch_hooks,
+)
 from kenotron.parallel.random import OwnStream, draws_masks
+from kenotron.parallel.region import SEQUENCE_DIM, Region
 from kenotron.parallel.shards import Shards, TensorShard, canonical
-from kenotron.parallel.vocab import vocab_parallel_embedding
+from kenotron.parallel.vocab_modules import spread_embedding
 
-SEQUENCE_DIM = 1
+#: Where a row-wise linear with a bias keeps what multiplies by its weight: float8 puts another product there.
+PRODUCT = "_kenotron_product"
 
 
 @dataclass(kw_only=True)
@@ -60,6 +72,7 @@ class TensorParallel:
     shards: Shards
     device: torch.device
     random: OwnStream = field(init=False)
+    region: Region = field(init=False, default_factory=Region)  # of split linears, that is being run
     _shared: _SharedInput = field(init=False)
     _masked: set[str] = field(init=False, default_factory=set)  # modules with dropout between split linears
 
@@ -77,19 +90,20 @@ class TensorParallel:
             ValueError: a size that tp does not divide, a style that does not fit its module.
         """
         regions = tuple(region + "." for region in sequence_regions)
-        ends = {name.rpartition(".")[0] for name, style in styles.items() if style in ("rowwise", "packed_rowwise")}
+        ends = {enclosing(name) for name, style in styles.items() if style in ("rowwise", "packed_rowwise")}
         ends = {name for name in ends if not f"{name}.".startswith(regions)}
         self._masked = {name for name in ends if draws_masks(root.get_submodule(name))}
         for name, style in styles.items():
-            parent_name, _, last = name.rpartition(".")
-            parent = root.get_submodule(parent_name)
-            target = getattr(parent, last)
+            owner_name, _, last = name.rpartition(".")
+            owner = root.get_submodule(owner_name)
+            target = getattr(owner, last)
             if isinstance(target, nn.Parameter) and style == "split_rows":
                 segments = self._even(target.shape[0], 1, f"{name}.shape[0]")
-                self._cut_parameter(root, parent, last, parent_name, 0, segments, (self.rank,))
+                self._cut_parameter(root, owner, last, owner_name, 0, segments, (self.rank,))
             elif isinstance(target, nn.Parameter):
-                self._cut_expert_parameter(root, parent, last, name, style)
+                self._cut_expert_parameter(root, owner, last, name, style)
             else:
+                parent = root.get_submodule(enclosing(name))
                 self._cut_module(root, target, name, style, parent, in_sequence_region=name.startswith(regions))
 
     # ------------------------------------------------------------------------------------------------------ by style
@@ -108,6 +122,7 @@ class TensorParallel:
         elif style == "split_norm":
             self._cut_norm(root, module, name)
         elif style == "split_rows":
+            check_rows(module, name)
             self._cut_rows(root, module, name, parent)
         else:
             self._cut_linear(root, module, name, style, parent, in_sequence_region)
@@ -115,22 +130,22 @@ class TensorParallel:
     def _cut_linear(
         self, root: nn.Module, module: nn.Module, name: str, style: str, parent: nn.Module, in_sequence_region: bool
     ) -> None:
-        if not isinstance(module, nn.Linear):
-            raise ValueError(
-                f"plan[{name!r}] = {style!r} applies to nn.Linear, but the module is a {type(module).__name__}. "
-                "Leave it out of the plan (it is then kept whole on every tp rank), or use an nn.Linear."
-            )
+        check_linear(module, name, style)
+        assert isinstance(module, nn.Linear)
         by_rows = style in ("colwise", "colwise_gather_output", "packed_colwise", "vocab_head")
         if by_rows:
             self._cut_rows(root, module, name, parent, style)
             if style == "vocab_head":
                 self._split_logits(module)
             elif not in_sequence_region:
-                module.register_forward_pre_hook(lambda m, args: (self._shared.share(args[0]), *args[1:]))
-                if name.rpartition(".")[0] in self._masked:
+                _change_input(module, self._shared.share)
+                if enclosing(name) in self._masked:
                     module.register_forward_pre_hook(lambda m, args: self._enter_random(m))
             if style == "colwise_gather_output":
-                module.register_forward_hook(lambda m, args, out: gather_from(out, -1, self.group, grad="slice"))
+                gather = functools.partial(gather_from, dim=-1, group=self.group, grad="slice")
+                module.register_forward_hook(lambda m, args, out: gather(out), prepend=True)
+            elif style != "vocab_head":
+                watch_hooks(module._forward_hooks, name, "the output")
         else:
             packs = 2 if style == "packed_rowwise" else 1
             segments = self._even(module.in_features, packs, f"{name}.in_features")
@@ -139,7 +154,9 @@ class TensorParallel:
                 self._sum_both_ways(module, name)
                 return
             if style == "rowwise_split_input":
-                module.register_forward_pre_hook(lambda m, args: (scatter_to(args[0], -1, self.group), *args[1:]))
+                _change_input(module, lambda x: scatter_to(x, -1, self.group))
+            else:
+                watch_hooks(module._forward_pre_hooks, name, "the input")
             self._sum_output(module, name, in_sequence_region)
 
     def _split_logits(self, head: nn.Linear) -> None:
@@ -147,14 +164,21 @@ class TensorParallel:
         if isinstance(head, Head):
             head.group = self.group
 
-        def enter(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            return (self._shared.share(args[0]),) if len(args) == 1 else args
+        is_plain = type(head).forward is nn.Linear.forward
 
-        def leave(module: nn.Module, args: tuple[Any, ...], out: Tensor) -> Tensor:
-            return VocabParallelLogits.from_local(out, self.group) if len(args) == 1 else out
+        def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> Tensor:
+            is_loss = not is_plain and len(args) + len(kwargs) > 1
+            return out if is_loss else VocabParallelLogits.from_local(out, self.group)
 
-        head.register_forward_pre_hook(enter)
-        head.register_forward_hook(leave)
+        def enter(
+            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+            if not is_plain and len(args) + len(kwargs) > 1:  # linear_cross_entropy shares by itself
+                return None
+            return _with_input(args, kwargs, self._shared.share)
+
+        head.register_forward_pre_hook(enter, with_kwargs=True)
+        head.register_forward_hook(leave, with_kwargs=True, prepend=True)
 
     def _enter_random(self, module: nn.Module) -> None:
         if module.training:
@@ -165,24 +189,30 @@ class TensorParallel:
 
         def total(x: Tensor) -> Tensor:
             self._shared.forget()
-            if name.rpartition(".")[0] in self._masked:
+            if enclosing(name) in self._masked:
                 self.random.leave()
             if in_sequence_region:
-                return reduce_scatter_to(x, SEQUENCE_DIM, self.group)
+                return self.region.leave(x, lambda y: reduce_scatter_to(y, SEQUENCE_DIM, self.group))
             return reduce_from(x, self.group)
 
         if module._parameters["bias"] is None:
-            module.register_forward_hook(lambda m, args, out: total(out))
+            module.register_forward_hook(lambda m, args, out: total(out), prepend=True)
             return
         if in_sequence_region:  # added to slices of the sequence
             self.shards.partial.add(f"{name}.bias")
-        module.forward = lambda x: (out := total(F.linear(x, module.weight))) + module.bias.to(out.dtype)  # type: ignore[assignment]
+
+        def forward(input: Tensor) -> Tensor:
+            out = total(module.__dict__[PRODUCT](input))
+            return out + module.bias.to(out.dtype)
+
+        module.__dict__[PRODUCT] = lambda x: F.linear(x, module.weight)
+        module.forward = forward  # type: ignore[method-assign]
 
     def _sum_both_ways(self, module: nn.Linear, name: str) -> None:
         """Sum a row-wise linear's output over tp, for split channels to use: each finds a share of its gradient."""
         if module._parameters["bias"] is not None:
             raise ValueError(f"plan[{name!r}] = 'rowwise_to_split' applies to an nn.Linear without a bias.")
-        module.register_forward_hook(lambda m, args, out: copy_to(reduce_from(out, self.group), self.group))
+        module.register_forward_hook(lambda m, args, out: copy_to(reduce_from(out, self.group), self.group), prepend=True)
 
     def _cut_rows(self, root: nn.Module, module: nn.Module, name: str, parent: nn.Module, style: str = "colwise") -> None:
         """Keep this rank's rows of all parameters of a module."""
@@ -290,6 +320,13 @@ class TensorParallel:
         transposed = bool(getattr(experts, "is_transposed", False))
         out_dim, in_dim = (2, 1) if transposed else (1, 2)
         by_rows = style in ("colwise", "packed_colwise")
+        if ("down" in key and by_rows) or ("up" in key and not by_rows):
+            if not transposed:
+                raise ValueError(
+                    f"plan[{name!r}] = {style!r} would split the hidden size of {class_name(experts)}, which all its experts "
+                    "read. Plan 'packed_colwise' (or 'colwise') for gate_up_proj and 'rowwise' for down_proj."
+                )
+            by_rows = not by_rows  # transformers' plan names dimensions as they lie, as Aria's does
         dim = out_dim if by_rows else in_dim
         packs = 2 if style.startswith("packed") else 1
         segments = self._even(param.shape[dim], packs, f"{name}.shape[{dim}]")
@@ -332,28 +369,18 @@ class TensorParallel:
         if rope_dim is None:
             raise ValueError(f"plan[{name!r}] = 'mla_kv_a_proj' needs a model config with qk_rope_head_dim.")
 
-        def split(m: nn.Module, args: Any, out: Tensor) -> Tensor:
-            compressed, rotary = out.split([out.shape[-1] - rope_dim, rope_dim], dim=-1)
-            return torch.cat([compressed, copy_to(rotary, self.group)], dim=-1)
-
-        module.register_forward_hook(split)
+        module.register_forward_hook(lambda m, args, out: copy_tail_to(out, rope_dim, self.group), prepend=True)
 
     def _cut_embedding(self, root: nn.Module, module: nn.Module, name: str) -> None:
-        if not isinstance(module, nn.Embedding):
-            raise ValueError(f"plan[{name!r}] = 'vocab_embedding' applies to nn.Embedding, not to {type(module).__name__}.")
-        if module.max_norm is not None:
-            raise ValueError(f"{name} has max_norm={module.max_norm}, which a vocabulary-parallel embedding can't apply.")
+        check_embedding(module, name)
+        assert isinstance(module, nn.Embedding)
         segments = self._even(module.num_embeddings, 1, "vocabulary")
         self._cut_parameter(root, module, "weight", name, 0, segments, (self.rank,))
-        kind = type(module)
-        # Behind the module's own class: where that one scales what super().forward() looked up, it looks up ours.
-        bases = (_VocabParallelEmbedding,) if kind is nn.Embedding else (kind, _VocabParallelEmbedding)
-        module.__class__ = type(kind.__name__, bases, {"__module__": kind.__module__})
-        module.__dict__["_vocabulary"] = (segments[0][0], self.group)
+        spread_embedding(module, segments[0][0], self.group)
 
     def _cut_norm(self, root: nn.Module, module: nn.Module, name: str) -> None:
-        if not isinstance(module, (RMSNorm, GatedNorm)):
-            raise ValueError(f"plan[{name!r}] = 'split_norm' applies to kenotron's norms, not to {type(module).__name__}.")
+        check_norm(module, name)
+        assert isinstance(module, (RMSNorm, GatedNorm))
         size = module.weight.shape[0]
         self._cut_parameter(root, module, "weight", name, 0, self._even(size, 1, f"{name}.weight"), (self.rank,))
         if isinstance(module, GatedNorm):
@@ -430,22 +457,18 @@ class TensorParallel:
             self.shards.by_name[alias] = shard
 
 
-class _VocabParallelEmbedding(nn.Embedding):
-    """An embedding that has some rows of the vocabulary and sums what the tp ranks found."""
+def _with_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a linear (whose input is its first one) with another input."""
+    if args:
+        return (change(args[0]), *args[1:]), kwargs
+    (name, value), *others = kwargs.items()
+    return (), {name: change(value), **dict(others)}
 
-    _vocabulary: tuple[int, dist.ProcessGroup]  # its first row, and the ranks that have the others
 
-    def forward(self, input: Tensor) -> Tensor:
-        start, group = self._vocabulary
-        return vocab_parallel_embedding(
-            input,
-            self.weight,
-            start,
-            group,
-            padding_idx=self.padding_idx,
-            scale_grad_by_freq=self.scale_grad_by_freq,
-            sparse=self.sparse,
-        )
+def _change_input(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    module.register_forward_pre_hook(lambda m, args, kwargs: _with_input(args, kwargs, change), with_kwargs=True)
 
 
 class _SharedInput:
