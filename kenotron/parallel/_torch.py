@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining.stage import _RecvInfo as RecvInfo
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._device import _device_constructors as device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "TorchDispatchMode",
     "compute_local_shape_and_global_offset",
     "default_store",
+    "device_constructors",
     "flatten",
     "functional_all_gather",
     "functional_reduce_scatter",
@@ -32,6 +34,7 @@ __all__ = [
     "set_local",
     "share_memory",
     "watch_compilation",
+    "without_functions",
 ]
 
 # torch 2.13 renamed these two; pyproject.toml allows 2.11. (x, dim, group) and (x, "sum", dim, group): equal slices along dim.
@@ -39,6 +42,9 @@ functional_all_gather: Callable[..., Tensor] = getattr(funcol, "all_gather_singl
 functional_reduce_scatter: Callable[..., Tensor] = (
     getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
 )
+
+#: A context in which modes and subclasses see no call of torch's functions.
+without_functions = torch._C.DisableTorchFunction
 
 #: An option of ``torch.compile``: collectives beside matrix products become one operator with them.
 OVERLAP_OPTION = "_micro_pipeline_tp"
