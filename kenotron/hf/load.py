@@ -24,8 +24,9 @@ from kenotron.hf.directory import HFDirectory
 from kenotron.hf.errors import ModelMismatchError
 from kenotron.hf.kinds import Implementation, check_implementation, class_of
 from kenotron.hf.names import Piece, model_pieces, whole
-from kenotron.parallel.deferred import Place, recording
+from kenotron.parallel.deferred import Place
 from kenotron.parallel.init import attach, names_of_parameters
+from kenotron.parallel.recording import recording
 
 
 def from_hf(

@@ -12,8 +12,8 @@ from kenotron.checkpoint import LocalTensor, Manifest, load_into, read_manifest
 from kenotron.checkpoint.format import Piece
 from kenotron.hf.export import find_record
 from kenotron.hf.record import ModelRecord
-from kenotron.parallel.deferred import recording
 from kenotron.parallel.init import attach
+from kenotron.parallel.recording import recording
 
 
 def from_checkpoint(

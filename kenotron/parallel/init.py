@@ -20,8 +20,9 @@ from torch.distributed.tensor import DTensor
 
 from kenotron.checkpoint.format import Piece
 from kenotron.parallel._torch import compute_local_shape_and_global_offset
-from kenotron.parallel.deferred import Place, is_recording, record_source, recording, values
+from kenotron.parallel.deferred import Place, record_source, values
 from kenotron.parallel.pieces import local_pieces
+from kenotron.parallel.recording import is_recording, recording
 from kenotron.parallel.reset import INITIALISER, initial_values, initialisers
 from kenotron.parallel.shards import Shards, TensorShard, canonical, take_over
 
