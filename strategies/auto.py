@@ -89,7 +89,7 @@ def find_model(module: nn.Module) -> nn.Module:
     models = transformers_models(module)
     if not models:
         late = copy.deepcopy(module, _shared(module))
-        with deferring():
+        with deferring(draw=False):
             late.configure_model()  # type: ignore[operator]
         models = transformers_models(late)
     if len(models) != 1:

@@ -288,9 +288,21 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
 
     @contextlib.contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
-        """``configure_model`` builds on the meta device: weights are made after everything is cut, part by part."""
+        """Let ``configure_model`` build for real in one process; on several its weights are made after everything is cut.
+
+        Both begin where rank 0's random numbers are, and draw the same ones.
+        """
+        if self.num_nodes * self.num_processes == 1:
+            with torch.device("cpu"), self.precision_plugin.tensor_init_context():
+                yield
+            return
+        own = torch.get_rng_state()
+        common = self.broadcast(own) if self._is_connected else own
+        torch.set_rng_state(common)
         with deferring(), self.precision_plugin.tensor_init_context():
             yield
+        if not torch.equal(own, common):
+            torch.set_rng_state(own)
 
     # ------------------------------------------------------------------------------------------------------ set-up
 

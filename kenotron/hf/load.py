@@ -1,16 +1,18 @@
 """Models from Hugging Face directories: each rank reads the byte ranges of its own part, and nothing else.
 
-1. ``from_hf`` reads ``config.json`` and the headers, builds the model on the meta device and compares the two: whatever is
-   missing, left over or of another shape is told here.
+1. ``from_hf`` reads ``config.json`` and the headers, builds the model without computing anything (``parallel.deferred``) and
+   compares the two: whatever is missing, left over or of another shape is told here.
 2. The model carries where its weights lie. Under a Kénotron strategy it is then cut, and
 3. every parameter is read when its part of it is known: no process holds the whole model. Elsewhere it is read at once.
+   What is not stored, as buffers that follow from the configuration, is computed as the model's own code says.
 """
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,10 +22,11 @@ from kenotron.checkpoint.format import Piece as LocalPiece
 from kenotron.hf.conversions import transformers_pieces
 from kenotron.hf.directory import HFDirectory
 from kenotron.hf.errors import ModelMismatchError
+from kenotron.hf.kinds import Implementation, check_implementation, class_of
 from kenotron.hf.names import Piece, model_pieces, whole
-from kenotron.parallel.init import attach, meta_device, names_of_parameters
-
-Implementation = Literal["auto", "kenotron", "transformers"]
+from kenotron.parallel.deferred import Place
+from kenotron.parallel.init import attach, names_of_parameters
+from kenotron.parallel.recording import recording
 
 
 def from_hf(
@@ -34,17 +37,17 @@ def from_hf(
     dtype: torch.dtype | None = None,
     **settings: Any,
 ) -> Any:
-    """Return the causal language model of a Hugging Face directory, with its weights.
+    """Return the model of a Hugging Face directory, of the class that ``architectures`` in its ``config.json`` names.
 
     Call it in ``configure_model``: under a Kénotron strategy every rank then reads its own part alone. It is in training mode.
 
     Args:
         path: a local directory with ``config.json`` and safetensors files.
-        implementation: ``"kenotron"`` for :class:`~kenotron.models.Decoder` or :class:`~kenotron.models.Mamba`,
-            ``"transformers"`` for transformers' own class, ``"auto"`` for the first where it covers the model.
+        implementation: ``"kenotron"`` for :class:`~kenotron.models.Decoder` or :class:`~kenotron.models.Mamba` (causal language
+            models), ``"transformers"`` for transformers' own class, ``"auto"`` for the first where it covers the model.
         config: in the place of the directory's.
         dtype: of the parameters; ``None``: torch's default, which Lightning's precision plugins set.
-        settings: further arguments of ``Decoder`` or ``Mamba``, or of ``AutoModelForCausalLM.from_config``.
+        settings: further arguments of ``Decoder`` or ``Mamba``, or of the ``from_config`` of transformers' Auto classes.
 
     Raises:
         HFDirectoryError: a ``ValueError``: files that can't be read, or tensors that do not fit the model; all are named.
@@ -52,17 +55,21 @@ def from_hf(
     """
     from transformers import AutoConfig, GenerationConfig
 
-    from kenotron.models.own import build, is_ours
+    from kenotron.models.own import is_ours, own_class
 
     if implementation not in ("auto", "kenotron", "transformers"):
         raise ValueError(f"implementation={implementation!r}: set 'auto', 'kenotron' or 'transformers'.")
     directory = HFDirectory(path)
+    stored = directory.config() if config is None or (directory.path / "config.json").is_file() else {}
     if config is None:
-        directory.config()  # tells what is wrong with it
         config = AutoConfig.from_pretrained(directory.path, local_files_only=True)
-    ours = is_ours(config, implementation)
-    with meta_device(dtype):
-        model: Any = build(config, "kenotron" if ours else "transformers", **settings)
+    kind = class_of(config, stored, directory.path)
+    ours = is_ours(config, check_implementation(implementation, config, kind))
+    with recording(dtype, draw=False):
+        if ours:
+            model: Any = own_class(config)(config, **settings)
+        else:
+            model = kind._from_config(config, dtype=torch.get_default_dtype(), **settings)
     if ours:
         pieces = model_pieces(config)
     else:
@@ -131,9 +138,10 @@ _DERIVED = ("rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias")
 
 
 def check_tensors(directory: HFDirectory, model: nn.Module, pieces: Mapping[str, Sequence[Piece]]) -> None:
-    """Raise ``ModelMismatchError`` unless the directory has exactly the tensors that ``pieces`` names, in their shapes."""
-    parameters = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    problems = [f"the model's {name} is in no tensor" for name in parameters.keys() - pieces.keys()]
+    """Raise ``ModelMismatchError`` unless each tensor has its place in the model, and each weight of the model its tensor."""
+    kept = model.state_dict(keep_vars=True)
+    tensors = {name: t for name, t in [*model.named_parameters(), *model.named_buffers()] if name in kept or name in pieces}
+    problems = [f"the model's {name} is in no tensor" for name, t in tensors.items() if name not in pieces and not _is_made(t)]
     wanted = {piece.name: piece.shape for group in pieces.values() for piece in group}
     for name, shape in wanted.items():
         stored = directory.tensors.get(name)
@@ -141,6 +149,7 @@ def check_tensors(directory: HFDirectory, model: nn.Module, pieces: Mapping[str,
             problems.append(f"{name} of shape {list(shape)} is missing")
         elif stored.shape != shape:
             problems.append(f"{name} has shape {list(stored.shape)}, the configuration wants {list(shape)}")
+    problems += [flaw for name, group in pieces.items() if name in tensors for flaw in _misfits(name, tensors[name], group)]
     tied = {_HEAD} if getattr(model.config, "tie_word_embeddings", False) else set()
     embedding = next((name for name in wanted if name.endswith(("embed_tokens.weight", "embeddings.weight"))), None)
     if tied and embedding is not None and {embedding, _HEAD} <= directory.tensors.keys():
@@ -150,6 +159,24 @@ def check_tensors(directory: HFDirectory, model: nn.Module, pieces: Mapping[str,
     problems += [f"{name} is no part of a {type(model).__name__} with this configuration" for name in left]
     if problems:
         raise ModelMismatchError("\n".join([f"{directory.path} does not fit its configuration:", *problems]), tuple(problems))
+
+
+def _is_made(tensor: Tensor) -> bool:
+    """Return whether a tensor that is not stored has values: a buffer that the model's own code computes."""
+    place = Place.of(tensor)
+    return not isinstance(tensor, nn.Parameter) and (place is None or place.is_written)
+
+
+def _misfits(name: str, tensor: Tensor, pieces: Sequence[Piece]) -> list[str]:
+    """Return what is wrong with the tensors that make up one parameter or buffer, if anything."""
+    shape = tuple(max(stops) for stops in zip(*([stop for _, stop in piece.box] for piece in pieces), strict=True))
+    volume = sum(math.prod(stop - start for start, stop in piece.box) for piece in pieces)
+    if shape == tuple(tensor.shape) and volume == tensor.numel():
+        return []
+    if len(pieces) == 1:
+        return [f"{pieces[0].name} has shape {list(pieces[0].shape)}, the configuration wants {list(tensor.shape)}"]
+    names = f"{pieces[0].name} … {pieces[-1].name} ({len(pieces)} tensors)"
+    return [f"{names} make up the shape {list(shape)}, the model's {name} has {list(tensor.shape)}"]
 
 
 def _are_equal(directory: HFDirectory, one: str, other: str) -> bool:

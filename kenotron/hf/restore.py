@@ -12,7 +12,8 @@ from kenotron.checkpoint import LocalTensor, Manifest, load_into, read_manifest
 from kenotron.checkpoint.format import Piece
 from kenotron.hf.export import find_record
 from kenotron.hf.record import ModelRecord
-from kenotron.parallel.init import attach, meta_device
+from kenotron.parallel.init import attach
+from kenotron.parallel.recording import recording
 
 
 def from_checkpoint(
@@ -47,13 +48,13 @@ def from_checkpoint(
 
 
 def build(record: ModelRecord, dtype: torch.dtype | None) -> Any:
-    """Return the model of a record on the meta device."""
+    """Return the model of a record, which waits for its weights."""
     import transformers
     from transformers import GenerationConfig
 
     from kenotron.models.own import own_class
 
-    with meta_device(dtype):
+    with recording(dtype, draw=False):
         config = record.make_config()
         kind: Any = own_class(config) if record.implementation == "kenotron" else getattr(transformers, record.architecture)
         model = kind(config)

@@ -16,6 +16,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.pipelining.stage import _RecvInfo as RecvInfo
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._device import _device_constructors as device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "TorchDispatchMode",
     "compute_local_shape_and_global_offset",
     "default_store",
+    "device_constructors",
     "flatten",
     "functional_all_gather",
     "functional_reduce_scatter",
@@ -35,6 +37,7 @@ __all__ = [
     "share_memory",
     "unsharded_parameters",
     "watch_compilation",
+    "without_functions",
 ]
 
 # torch 2.13 renamed these two; pyproject.toml allows 2.11. (x, dim, group) and (x, "sum", dim, group): equal slices along dim.
@@ -45,6 +48,9 @@ functional_reduce_scatter: Callable[..., Tensor] = (
 
 # Since torch 2.12 a module may have several groups of parameters.
 _HAS_GROUPS = "_fsdp_param_groups" in vars(FSDPState())
+
+#: A context in which modes and subclasses see no call of torch's functions.
+without_functions = torch._C.DisableTorchFunction
 
 #: An option of ``torch.compile``: collectives beside matrix products become one operator with them.
 OVERLAP_OPTION = "_micro_pipeline_tp"

@@ -168,7 +168,7 @@ def parallelize(
     """
     layout = request.layout
     shards = Shards(tp=layout.tp)
-    aliases = _aliases(root)
+    aliases, places = _aliases(root), init.places_of(root)
     done = Parallelized(root=root, layout=layout, shards=shards, norm=GradientNorm(layout, shards), aliases=aliases)
     done.num_parameters = sum(p.numel() for p in root.parameters())
     plan = find_plan(root, request.plan)
@@ -190,7 +190,7 @@ def parallelize(
     if mesh is not None:
         _data_parallel(done, mesh, expert_mesh, blocks, request)
         done.owed = OwedSums(shards, mesh["tp"].get_group(), kv_groups, pp_groups)
-    init.materialize(root, shards, aliases, request.seed, request.device)
+    init.materialize(root, shards, aliases, places, request.seed, request.device)
     _move(root, request.device)
     if mesh is not None:
         _average_gradients(done, mesh, expert_mesh)

@@ -132,7 +132,7 @@ def _counted(like: Tensor) -> Tensor:
     return last.expand(like.shape) if like.ndim else last[0]
 
 
-def _stand_in(model: nn.Module, shared: Sequence[str]) -> Any:
+def _stand_in(model: nn.Module) -> Any:
     generator = torch.Generator().manual_seed(0)
     memo: dict[int, Any] = {}
     for param in model.parameters():
@@ -140,9 +140,6 @@ def _stand_in(model: nn.Module, shared: Sequence[str]) -> Any:
     for name, buffer in model.named_buffers():
         if buffer.is_meta:
             memo[id(buffer)] = _counted(buffer) if "position" in name else _numbers(buffer, generator)
-    for name in shared:
-        if name in model.__dict__:
-            memo[id(model.__dict__[name])] = model.__dict__[name]
     found = copy.deepcopy(model, memo).cpu().eval()
     for module in found.modules():
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
@@ -208,23 +205,20 @@ class Verdict:
     problem: str = ""
 
 
-def try_parts(
-    model: Any, implementation: str, parts: Sequence[Tensor], *, blocks: str | None, shared: Sequence[str] = ()
-) -> Verdict:
+def try_parts(model: Any, implementation: str, parts: Sequence[Tensor], *, blocks: str | None) -> Verdict:
     """Find out whether parts of a sequence, with positions that count from 0, get from a model what the whole gets.
 
     Args:
         model: whole, on any device; it is not changed.
         implementation: of attention, which notes on a ``Tape`` that it gets as an argument of that name.
         parts: where the tokens of each rank are. blocks: the name of the list of blocks, if it is known.
-        shared: attributes of the model that a copy shares with it.
 
     Raises:
         UnfitError: what the model does to attention, attention on parts can't do, or it mixes tokens outside of attention.
     """
     try:
         with _quiet():
-            stand_in = _stand_in(model, shared)
+            stand_in = _stand_in(model)
             stand_in.set_attn_implementation(implementation)
             trial = _Trial(stand_in, implementation, parts)
             if trial.agrees(positions=False):

@@ -35,7 +35,6 @@ from kenotron.parallel.attend import IMPLEMENTATION, Sequences, attend, no_mask
 from kenotron.parallel.certify import UnfitError, Verdict, try_parts
 from kenotron.parallel.collectives import gather_from, mean_from
 from kenotron.parallel.entry import BlockEntry, Call
-from kenotron.parallel.init import STORED
 from kenotron.parallel.logits import VocabParallelLogits
 from kenotron.parallel.plan import pipeline_hints, transformers_models
 from kenotron.parallel.random import OwnStream
@@ -159,7 +158,7 @@ def look(root: nn.Module, cp: int, kind: ContextKind) -> None:
             continue
         _check(model, cp)
         try:
-            found = try_parts(model, IMPLEMENTATION, parts, blocks=_blocks_of(model), shared=(STORED,))
+            found = try_parts(model, IMPLEMENTATION, parts, blocks=_blocks_of(model))
         except UnfitError as problem:
             raise ValueError(str(problem)) from None
         model.__dict__[_VERDICT] = found

@@ -1,17 +1,16 @@
 """Initial weights that do not depend on the layout, and never a full model in one process.
 
-Weights that exist when the strategy starts come from the user's constructor; rank 0's are given to all. Weights on the
-meta device (built in ``configure_model``) are made module by module after everything is cut: the module's own initialiser
-runs on full-size parameters of this one module, with a seed made of the run's seed and the module's name, and this
-rank keeps its part. Where a model comes with stored weights instead (``StoredWeights``), each rank reads its part alone.
+Weights that exist when the strategy starts come from the user's constructor; rank 0's are given to all. What
+``configure_model`` builds is only recorded (``deferred``): when everything is cut, one tensor after the other is computed as it
+would have been there, and this rank keeps its part. Of weights that are stored (``StoredWeights``), and were not changed since,
+each rank reads its part alone.
 """
 
 from __future__ import annotations
 
 import contextlib
-import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,13 +20,15 @@ from torch.distributed.tensor import DTensor
 
 from kenotron.checkpoint.format import Piece
 from kenotron.parallel._torch import compute_local_shape_and_global_offset
+from kenotron.parallel.deferred import Place, record_source, values
 from kenotron.parallel.pieces import local_pieces
-from kenotron.parallel.plan import transformers_models
-from kenotron.parallel.shards import Shards, TensorShard, canonical
+from kenotron.parallel.recording import is_recording, recording
+from kenotron.parallel.reset import INITIALISER, initial_values, initialisers
+from kenotron.parallel.shards import Shards, TensorShard, canonical, take_over
 
 
 class StoredWeights(Protocol):
-    """Where the weights of a model lie, which was built on the meta device. The model carries it, see ``attach``."""
+    """Where the weights of a model lie that is built without them, see ``attach``."""
 
     def __contains__(self, name: str) -> bool:
         """Tell whether a parameter or buffer, by its name in the model, is stored."""
@@ -36,25 +37,27 @@ class StoredWeights(Protocol):
         """Fill ``into``, on any device, with a box of a parameter."""
 
 
-STORED = "_kenotron_weights"
-_INITIALISER = "_kenotron_initialiser"
-_is_deferring = ContextVar("_is_deferring", default=False)
+@dataclass(frozen=True)
+class _StoredTensor:
+    """One tensor of ``StoredWeights``."""
+
+    weights: StoredWeights
+    name: str
+
+    def read(self, offset: tuple[int, ...], into: Tensor) -> None:
+        self.weights.read(self.name, Piece(local=(0,) * into.ndim, offset=offset, shape=tuple(into.shape)), into)
 
 
 @contextlib.contextmanager
-def deferring() -> Iterator[None]:
-    """Let models that are built inside leave their weights for ``materialize`` to make."""
-    token = _is_deferring.set(True)
-    try:
-        with torch.device("meta"):
-            yield
-    finally:
-        _is_deferring.reset(token)
+def deferring(*, draw: bool = True) -> Iterator[None]:
+    """Let models that are built inside leave their weights for ``materialize`` to make. ``draw``: see ``recording``."""
+    with recording(draw=draw):
+        yield
 
 
 @contextlib.contextmanager
 def meta_device(dtype: torch.dtype | None) -> Iterator[None]:
-    """Build modules without data, with parameters of ``dtype`` (``None``: torch's default)."""
+    """Build modules for their shapes alone, with parameters of ``dtype`` (``None``: torch's default)."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype or before)
     try:
@@ -64,30 +67,38 @@ def meta_device(dtype: torch.dtype | None) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
+@torch.no_grad()
 def attach(model: nn.Module, weights: StoredWeights) -> None:
-    """Give a model on the meta device its weights: at once, or when it has been cut, where that is about to come."""
-    model.__dict__[STORED] = weights
-    if not _is_deferring.get():
-        with torch.device("cpu"):
-            aliases = {name: first for first, *others in names_of_parameters(model).values() for name in others}
-            materialize(model, Shards(), aliases, 0, torch.device("cpu"))
+    """Give a model that was built inside of a ``recording`` its weights: at once, or when it has been cut, where that comes."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if name in weights:
+            source = _StoredTensor(weights, name)
+            if Place.of(tensor) is None:  # it was made of given numbers
+                source.read((0,) * tensor.ndim, tensor.data)
+            else:
+                record_source(tensor, source)
+    if not is_recording():
+        aliases = {name: first for first, *others in names_of_parameters(model).values() for name in others}
+        materialize(model, Shards(), aliases, places_of(model), 0, torch.device("cpu"))
 
 
 def set_initialiser(module: nn.Module, fill: Callable[[nn.Module], None]) -> None:
     """Let ``fill`` have the last word on the initial parameters of one module: at once, or when they are made.
 
     Args:
-        fill: changes the parameters of the module that it is given (a copy of this one, at full size) in place, after that
-            module's own initialiser. It takes random numbers from torch's default generator.
+        fill: changes the parameters of the module that it is given (this one, or a copy of it at full size) in place, after its
+            own initialiser. It takes random numbers from torch's default generator.
     """
-    module.__dict__[_INITIALISER] = fill
-    if not any(p.is_meta for p in module.parameters(recurse=False)):
-        fill(module)
+    module.__dict__[INITIALISER] = fill
+    own = list(module.parameters(recurse=False))
+    if all(Place.of(p) is not None or not p.is_meta for p in own):
+        with recording() if any(p.is_meta for p in own) else contextlib.nullcontext():
+            fill(module)
 
 
 def has_initialiser(module: nn.Module) -> bool:
     """Tell whether `set_initialiser` was called for a module."""
-    return _INITIALISER in module.__dict__
+    return INITIALISER in module.__dict__
 
 
 def names_of_parameters(root: nn.Module) -> dict[int, list[str]]:
@@ -123,137 +134,160 @@ def broadcast_weights(root: nn.Module, device: torch.device) -> None:
             tensor.data.copy_(moved)
 
 
+def places_of(root: nn.Module) -> dict[str, Place]:
+    """Return where the recorded parameters and buffers of a module lie, by their canonical names. Before anything is cut.
+
+    Raises:
+        ValueError: parameters that are two share memory.
+    """
+    named = [*root.named_parameters(remove_duplicate=False), *root.named_buffers(remove_duplicate=False)]
+    found = {canonical(name): place for name, tensor in named if (place := Place.of(tensor)) is not None}
+    params = {canonical(name): param for name, param in root.named_parameters()}
+    _check_memory({name: found[name] for name in params if name in found})
+    return found
+
+
+def _check_memory(places: Mapping[str, Place]) -> None:
+    """Raise ``ValueError`` where two parameters are the same numbers: each would be trained on its own."""
+    by_memory: dict[int, list[str]] = {}
+    for name, place in places.items():
+        by_memory.setdefault(id(place.memory), []).append(name)
+    for names in by_memory.values():
+        if len(names) == 1:
+            continue
+        place = places[names[0]]
+        taken = torch.zeros(place.memory.num_bytes // place.dtype.itemsize, dtype=torch.bool)
+        for name in names:
+            view = taken.as_strided(places[name].shape, places[name].stride, places[name].offset)
+            if view.any():
+                raise ValueError(
+                    f"{', '.join(names)} are parameters that share memory. Tie them by one parameter under several names "
+                    "(head.weight = embed.weight), or give each a clone()."
+                )
+            view.fill_(True)
+
+
 @torch.no_grad()
-def materialize(root: nn.Module, shards: Shards, aliases: Mapping[str, str], seed: int, device: torch.device) -> None:
+def materialize(
+    root: nn.Module,
+    shards: Shards,
+    aliases: Mapping[str, str],
+    places: Mapping[str, Place],
+    seed: int,
+    device: torch.device,
+) -> None:
     """Replace every meta parameter and buffer of ``root`` by this rank's part of its initial value.
 
     Args:
         aliases: further names of tied parameters -> their first name, under which ``shards`` knows them.
+        places: of recorded tensors, from `places_of`.
+        seed: for modules that were not recorded.
 
     Raises:
-        ValueError: a module with meta parameters that has no initialiser.
+        ValueError: a parameter that nobody gave values.
     """
-    initialisers, stored = dict(_initialisers(root)), _Stored(root)
-
-    def name_of(module: str, key: str) -> str:
-        full = canonical(f"{module}.{key}" if module else key)
-        return aliases.get(full, full)
-
     done: dict[int, nn.Parameter] = {}
+    memories: dict[int, tuple[Any, Tensor]] = {}
     for name, module in root.named_modules():
-        parameters = {k: p for k, p in module._parameters.items() if p is not None and p.is_meta}
-        buffers = {k: b for k, b in module._buffers.items() if b is not None and b.is_meta}
-        if not parameters and not buffers:
-            continue
-        if all(p.numel() == 0 for p in parameters.values()) and parameters:
-            for key, param in parameters.items():  # another stage's: nothing to fill
-                module._parameters[key] = nn.Parameter(torch.empty_like(param, device="cpu"), param.requires_grad)
-            continue
-        shard = {key: shards.of(name_of(name, key), param) for key, param in parameters.items()}
-        made = {key: value for key, value in shard.items() if name_of(name, key) not in stored}
-        whole: dict[str, Tensor] = {}
-        if made or any(name_of(name, key) not in stored for key in buffers):
-            others = {  # stored ones, and those of other stages: an initialiser may touch them, but gives them no value
-                key: shard[key].global_shape if key in shard else shards.absent.get(canonical(f"{name}.{key}"))
-                for key in module._parameters.keys() - made.keys()
-            }
-            whole = _initial_values(name, module, made, others, initialisers.get(name), seed)
-        for key, param in parameters.items():
-            if id(param) not in done and key in made:
-                done[id(param)] = _local_parameter(shard[key], param, whole[key], device)
-            elif id(param) not in done:
-                done[id(param)] = stored.parameter(name_of(name, key), shard[key], param, device)
+        prefix = canonical(name) + "." if name else ""
+        late: list[str] = []
+        for key, param in module._parameters.items():
+            if param is None or not param.is_meta:
+                continue
+            full = aliases.get(prefix + key, prefix + key)
+            if id(param) not in done:
+                if param.numel() == 0:  # another stage's: nothing to fill
+                    done[id(param)] = nn.Parameter(torch.empty_like(param, device="cpu"), param.requires_grad)
+                elif full in places:
+                    done[id(param)] = _recorded_parameter(full, places[full], shards.of(full, param), param, device)
+                else:
+                    late.append(key)
+                    continue
             module._parameters[key] = done[id(param)]
-        for key, buffer in buffers.items():
-            is_stored = name_of(name, key) in stored
-            module._buffers[key] = stored.buffer(name_of(name, key), buffer, device) if is_stored else whole[key].to(device)
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.is_meta:
+                place = places.get(prefix + key)
+                if place is None:
+                    late.append(key)
+                else:
+                    module._buffers[key] = _recorded_buffer(place, memories, device)
+        _make_attributes(module, memories, device)
+        if late:
+            _reset(root, name, late, shards, aliases, seed, device, done)
 
 
-class _Stored:
-    """The stored weights of all models in a module, by names from that. The models themselves no longer carry them."""
-
-    def __init__(self, root: nn.Module) -> None:
-        self._models = {canonical(n): m.__dict__.pop(STORED) for n, m in root.named_modules() if STORED in m.__dict__}
-
-    def _find(self, name: str) -> tuple[StoredWeights, str] | None:
-        for prefix, weights in self._models.items():
-            own = name.removeprefix(f"{prefix}.") if prefix else name
-            if (own != name or not prefix) and own in weights:
-                return weights, own
-        return None
-
-    def __contains__(self, name: str) -> bool:
-        return self._find(name) is not None
-
-    def parameter(self, name: str, shard: TensorShard, param: nn.Parameter, device: torch.device) -> nn.Parameter:
-        """Return this rank's part of a parameter, read from where it is stored."""
-        shape = tuple(param.shape)
-        if isinstance(param, DTensor):
-            shape, _ = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
-        local = torch.empty(shape, dtype=param.dtype, device=device)
-        self._fill(name, local_pieces(shard, param), local)
-        return _parameter(param, local)
-
-    def buffer(self, name: str, buffer: Tensor, device: torch.device) -> Tensor:
-        """Return a buffer, all of it."""
-        value = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
-        self._fill(name, local_pieces(TensorShard(global_shape=tuple(buffer.shape)), value), value)
-        return value
-
-    def _fill(self, name: str, pieces: tuple[Piece, ...], local: Tensor) -> None:
-        found = self._find(name)
-        assert found is not None
-        weights, own = found
-        for piece in pieces:
-            place = local[tuple(slice(at, at + size) for at, size in zip(piece.local, piece.shape, strict=True))]
-            weights.read(own, piece, place)
+def _recorded_parameter(name: str, place: Place, shard: TensorShard, param: nn.Parameter, device: torch.device) -> nn.Parameter:
+    """Return this rank's part of a parameter: read from where it is stored, or computed whole and cut."""
+    if not place.is_written:
+        raise ValueError(
+            f"{name} was built in configure_model, and nothing gave it values. Fill it where it is made (nn.init.normal_, or a "
+            "reset_parameters() that __init__ calls), or load weights into it."
+        )
+    source = place.source
+    if source is None:
+        return _local_parameter(shard, param, place.value(), device)
+    shape = tuple(param.shape)
+    if isinstance(param, DTensor):
+        shape, _ = compute_local_shape_and_global_offset(param.shape, param.device_mesh, param.placements)
+    local = torch.empty(shape, dtype=param.dtype, device=device)
+    for piece in local_pieces(shard, param):
+        ranges = (slice(at, at + size) for at, size in zip(piece.local, piece.shape, strict=True))
+        source.read(piece.offset, local[tuple(ranges)])
+    return _parameter(param, local)
 
 
-def _initial_values(
+def _recorded_buffer(place: Place, memories: dict[int, tuple[Any, Tensor]], device: torch.device) -> Tensor:
+    """Return a buffer, all of it. Those that shared memory share it again."""
+    if id(place.memory) not in memories:
+        whole = Place(place.memory, torch.uint8, (place.memory.num_bytes,), (1,), 0)
+        memories[id(place.memory)] = (place.memory, values([whole])[0].to(device))
+    storage = memories[id(place.memory)][1].untyped_storage()
+    return torch.empty(0, dtype=place.dtype, device=device).set_(storage, place.offset, place.shape, place.stride)  # type: ignore[call-overload,no-any-return]
+
+
+def _make_attributes(module: nn.Module, memories: dict[int, tuple[Any, Tensor]], device: torch.device) -> None:
+    """Make tensors that a module has as plain attributes, or in lists and dicts of them."""
+
+    def made(value: Any) -> Any:
+        if isinstance(value, Tensor) and not isinstance(value, nn.Parameter) and (place := Place.of(value)) is not None:
+            return _recorded_buffer(place, memories, device)
+        if type(value) not in (list, tuple, dict):
+            return value
+        old = list(value.values() if isinstance(value, dict) else value)
+        new = [made(each) for each in old]
+        if all(a is b for a, b in zip(new, old, strict=True)):
+            return value
+        return dict(zip(value, new, strict=True)) if isinstance(value, dict) else type(value)(new)
+
+    for key, value in list(module.__dict__.items()):
+        if isinstance(value, Tensor) or (type(value) in (list, tuple, dict) and not key.startswith("_")):
+            module.__dict__[key] = made(value)
+
+
+def _reset(
+    root: nn.Module,
     name: str,
-    module: nn.Module,
-    shards: dict[str, TensorShard],
-    others: Mapping[str, tuple[int, ...] | None],
-    initialise: Any,
+    keys: list[str],
+    shards: Shards,
+    aliases: Mapping[str, str],
     seed: int,
-) -> dict[str, Tensor]:
-    """Run the initialiser of one module on full-size parameters in host memory.
-
-    Args:
-        shards: of the parameters that it is to fill. others: the shapes of those that are only to be there.
-    """
-    model = object.__new__(type(module))  # not copy.copy: FSDP2's classes call __init__ when they are made
-    model.__dict__ = {**module.__dict__, "_parameters": {}}
-    for key, param in module._parameters.items():
-        shape = others.get(key)
-        if param is None or key not in shards:
-            model._parameters[key] = (
-                param if param is None or shape is None else nn.Parameter(param.new_empty(shape, device="meta"))
-            )
-            continue
-        whole = torch.full(shards[key].global_shape, torch.nan, dtype=param.dtype)
-        model._parameters[key] = nn.Parameter(whole, param.requires_grad)
-    model._buffers = {
-        key: torch.empty_like(b, device="cpu") if b is not None and b.is_meta else b for key, b in module._buffers.items()
+    device: torch.device,
+    done: dict[int, nn.Parameter],
+) -> None:
+    """Make the tensors of one module that was built on the meta device by hand."""
+    module, prefix = root.get_submodule(name), canonical(name) + "." if name else ""
+    parameters = {key: param for key in keys if (param := module._parameters.get(key)) is not None}
+    shard = {key: shards.of(aliases.get(prefix + key, prefix + key), param) for key, param in parameters.items()}
+    others = {  # those of other stages: an initialiser may touch them, but gives them no value
+        key: shards.absent.get(prefix + key) for key in module._parameters.keys() - parameters.keys()
     }
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed((seed * 1_000_003 + zlib.crc32(canonical(name).encode())) % 2**63)
-        if initialise is not None:
-            initialise(model)
-        reset = getattr(model, "reset_parameters", None) or getattr(model, "_reset_parameters", None)
-        # Where an initialiser from outside does not know a module, it leaves it to itself.
-        if callable(reset) and all(torch.isnan(model._parameters[key].view(-1)[0]) for key in shards):  # type: ignore[union-attr]
-            reset()
-        if _INITIALISER in module.__dict__:
-            module.__dict__[_INITIALISER](model)
-    values: dict[str, Tensor] = {k: v for k, v in {**model._parameters, **model._buffers}.items() if v is not None}
-    for key in shards:
-        if torch.isnan(values[key].view(-1)[0]):
-            raise ValueError(
-                f"{name}.{key} was built on the meta device and {type(module).__name__} has no initialiser for it. Give the "
-                "module a method reset_parameters() that fills it, or build it in __init__ instead of configure_model."
-            )
-    return values
+    whole = initial_values(name, module, shard, others, dict(initialisers(root)).get(name), seed)
+    for key in keys:
+        if key in parameters:
+            param = parameters[key]
+            done[id(param)] = module._parameters[key] = _local_parameter(shard[key], param, whole[key], device)
+        else:
+            module._buffers[key] = whole[key].to(device)
 
 
 def _local_parameter(shard: TensorShard, param: nn.Parameter, whole: Tensor, device: torch.device) -> nn.Parameter:
@@ -272,15 +306,6 @@ def _parameter(like: nn.Parameter, local: Tensor) -> nn.Parameter:
         local = DTensor.from_local(
             local, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
         )
-    return nn.Parameter(local, requires_grad=like.requires_grad)
-
-
-def _initialisers(root: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield ``(module name, initialiser)`` for modules inside of transformers models, which initialise from outside."""
-    for prefix, model in transformers_models(root):
-        for name, _ in model.named_modules(prefix=prefix):
-            ancestors = (
-                root.get_submodule(name[:i]) for i in range(len(name), -1, -1) if i in (0, len(name)) or name[i] == "."
-            )
-            nearest = next((a for a in ancestors if hasattr(a, "_init_weights")), model)
-            yield name, nearest._init_weights
+    made = nn.Parameter(local, requires_grad=like.requires_grad)
+    take_over(like, made)
+    return made

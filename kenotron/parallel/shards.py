@@ -91,6 +91,14 @@ class Shards:
         self.shared_kv = {name_of(name) for name in self.shared_kv}
 
 
+def take_over(old: Tensor, new: Tensor) -> None:
+    """Give a parameter that takes another one's place what the user hung on that: attributes and hooks of gradients."""
+    new.__dict__.update(old.__dict__)
+    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+        if getattr(old, hooks, None):
+            setattr(new, hooks, getattr(old, hooks))
+
+
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
