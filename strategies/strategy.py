@@ -42,7 +42,7 @@ from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.auto import choose, take_apart
 from kenotron.strategies.checkpointing import check_path
-from kenotron.strategies.checks import check_callbacks, check_pipelined
+from kenotron.strategies.checks import adopt_optimizer, check_callbacks, check_pipelined
 from kenotron.strategies.collectives import Collectives
 from kenotron.strategies.guard import Guard, StepGuard, check_precision_of_guard
 from kenotron.strategies.logs import LogRelay
@@ -344,6 +344,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             check_precision_of_guard(str(self.precision_plugin.precision))
             self._guards = {id(each): StepGuard(self._guard, each, self.root_device) for each in self.optimizers}
         for optimizer in self.optimizers:
+            adopt_optimizer(optimizer, self._done, self.world_size)
             check_optimizer(optimizer, self.layout)
             if isinstance(optimizer, ShardAware):
                 optimizer.bind(Placement.of(self._done, self._mesh))
@@ -428,6 +429,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
     def _connect_ranks(self, trainer: Any, module: Any) -> None:
         """Let Lightning's loops, metrics and precision plugin see all ranks."""
         assert self._monitor is not None
+        if self._done is not None and self._done.sharded is not None:
+            self._done.sharded.gathered.has_failed = self._monitor.has_failed
         _lightning.disable_inference_mode(trainer)
         if not self.is_distributed:  # Lightning then drops sync_dist=True, and advises to set it
             warnings.filterwarnings("ignore", message="It is recommended to use `self.log")

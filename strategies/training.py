@@ -67,6 +67,8 @@ class Training(Failures):
             output = {**output, "loss": self._tokens.mean([loss], [1.0])}
         elif module.automatic_optimization and output is not None:
             StepLoss.of(output)
+        elif output is None:  # no backward pass lets go of what was gathered
+            self._reshard()
         return output
 
     @contextlib.contextmanager
@@ -274,16 +276,10 @@ class Training(Failures):
                 return self._done.enclose(lambda: step(*args, **kwargs))
         except Exception as error:
             raise self._explain(error) from error.__cause__
-
-    def on_validation_end(self) -> None:
-        self._reshard()
-
-    def on_test_end(self) -> None:
-        self._reshard()
-
-    def on_predict_end(self) -> None:
-        self._reshard()
+        finally:
+            self._reshard()
 
     def _reshard(self) -> None:
+        """Free gathered parameters, so that hooks find shards, and write to those."""
         if self._done is not None and self._done.sharded is not None:
             self._done.sharded.reshard()

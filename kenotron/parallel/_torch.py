@@ -9,9 +9,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.pipelining.stage import _RecvInfo as RecvInfo
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -25,12 +26,14 @@ __all__ = [
     "compute_local_shape_and_global_offset",
     "default_store",
     "flatten",
+    "fsdp_groups",
     "functional_all_gather",
     "functional_reduce_scatter",
     "group_options",
     "is_in_backward",
     "set_local",
     "share_memory",
+    "storage_id",
     "watch_compilation",
 ]
 
@@ -140,3 +143,16 @@ def is_in_backward() -> bool:
 def set_local(tensor: DTensor, part: Tensor) -> None:
     """Let a DTensor have its local part elsewhere, of the same shape: in host memory, say, while nothing computes with it."""
     tensor._local_tensor = part
+
+
+def fsdp_groups(root: nn.Module) -> list[Any]:
+    """Return FSDP2's groups of parameters, each of which is gathered at once."""
+    states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
+    # torch 2.13 allows several for a module.
+    found = [getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states]
+    return [group for groups in found for group in groups if group is not None]
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Return what stays the same until a tensor is given other data (``tensor.data = …``)."""
+    return int(tensor.untyped_storage()._cdata)

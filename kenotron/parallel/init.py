@@ -23,7 +23,7 @@ from kenotron.checkpoint.format import Piece
 from kenotron.parallel._torch import compute_local_shape_and_global_offset
 from kenotron.parallel.pieces import local_pieces
 from kenotron.parallel.plan import transformers_models
-from kenotron.parallel.shards import Shards, TensorShard, canonical
+from kenotron.parallel.shards import Shards, TensorShard, canonical, take_over
 
 
 class StoredWeights(Protocol):
@@ -140,6 +140,7 @@ def materialize(root: nn.Module, shards: Shards, aliases: Mapping[str, str], see
         return aliases.get(full, full)
 
     done: dict[int, nn.Parameter] = {}
+    replaced: list[tuple[nn.Parameter, nn.Parameter]] = []
     for name, module in root.named_modules():
         parameters = {k: p for k, p in module._parameters.items() if p is not None and p.is_meta}
         buffers = {k: b for k, b in module._buffers.items() if b is not None and b.is_meta}
@@ -163,10 +164,13 @@ def materialize(root: nn.Module, shards: Shards, aliases: Mapping[str, str], see
                 done[id(param)] = _local_parameter(shard[key], param, whole[key], device)
             elif id(param) not in done:
                 done[id(param)] = stored.parameter(name_of(name, key), shard[key], param, device)
+            replaced.append((param, done[id(param)]))
             module._parameters[key] = done[id(param)]
         for key, buffer in buffers.items():
             is_stored = name_of(name, key) in stored
             module._buffers[key] = stored.buffer(name_of(name, key), buffer, device) if is_stored else whole[key].to(device)
+    for param, new in dict(replaced).items():
+        take_over(param, new)
 
 
 class _Stored:

@@ -38,7 +38,7 @@ from kenotron.models.mixer import CausalConv, GatedNorm
 from kenotron.parallel.collectives import copy_to, gather_from, reduce_from, reduce_scatter_to, scatter_to
 from kenotron.parallel.logits import VocabParallelLogits
 from kenotron.parallel.random import OwnStream, draws_masks
-from kenotron.parallel.shards import Shards, TensorShard, canonical
+from kenotron.parallel.shards import Shards, TensorShard, canonical, set_part
 from kenotron.parallel.vocab import vocab_parallel_embedding
 
 SEQUENCE_DIM = 1
@@ -403,7 +403,7 @@ class TensorParallel:
         segments: tuple[tuple[int, int], ...],
         holders: tuple[int, ...] | tuple[tuple[int, ...], ...],
     ) -> None:
-        """Replace ``module.key`` by its local part, in every module that shares it (tied weights stay tied).
+        """Let ``module.key`` hold its local part, in every module that shares it (tied weights stay tied).
 
         Args:
             holders: the tp ranks that hold the same segments, or those of each segment.
@@ -422,11 +422,10 @@ class TensorParallel:
         replicas = tuple(rank for rank in holders if isinstance(rank, int)) or (self.rank,)
         shared = tuple(ranks for ranks in holders if isinstance(ranks, tuple))
         shard = TensorShard(global_shape=tuple(param.shape), dim=dim, segments=segments, replicas=replicas, shared=shared)
-        local = nn.Parameter(shard.take(param.detach()).clone(), requires_grad=param.requires_grad)
+        set_part(param, shard.take(param.detach()).clone())
         if spread is not None:
             shard = replace(shard, global_shape=spread.global_shape, experts=spread.experts)
-        for alias, owner, owner_key in _holders(root, param):
-            owner._parameters[owner_key] = local
+        for alias in _names(root, param):
             self.shards.by_name[alias] = shard
 
 
@@ -468,10 +467,10 @@ class _SharedInput:
         self._source = self._shared = None
 
 
-def _holders(root: nn.Module, param: nn.Parameter) -> list[tuple[str, nn.Module, str]]:
-    """Return ``(full name, module, key)`` of every place that holds ``param``."""
+def _names(root: nn.Module, param: nn.Parameter) -> list[str]:
+    """Return the full name of every place that holds ``param``."""
     return [
-        (f"{name}.{key}" if name else key, module, key)
+        f"{name}.{key}" if name else key
         for name, module in root.named_modules()
         for key, held in module._parameters.items()
         if held is param
