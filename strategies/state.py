@@ -228,6 +228,7 @@ class CheckpointState:
         tensors: list[LocalTensor] = []
         numbers: list[tuple[dict[str, Any], str]] = []
         for name, param in self._own_parameters(optimizer):
+            optimizer.state.pop(param, None)  # what the checkpoint lacks was not there: replace, not overwrite
             group = group_of[id(param)]
             state: dict[str, Any] = {}
             for key in keys.get(f"optimizer.{index}/{name}", ()):

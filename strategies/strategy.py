@@ -467,7 +467,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             before_backward=lambda last: done.before_backward(last_microbatch=last, sync=self._sync),
             on_enter=self._streams.enter_model,
         )
-        relay = LogRelay(module, pipeline.group, self._host_pp_group, pipeline.last_rank, self._dp_group, self.root_device)
+        relay = LogRelay(module, pipeline.group, self._host_pp_group, pipeline.last_rank, self.root_device)
         assert self._tokens is not None
         splitter = Splitter(self._microbatches, self._schedule, self.layout.pp)
         self._steps = PipelineSteps(module, pipeline, splitter, relay, self._streams, self._tokens, done.experts)
