@@ -224,7 +224,7 @@ def make_module(lightning: Any) -> Any:
             for layer in self.layers:
                 x = layer(x)
             loss: Tensor = (self.head(x) - batch.sum(dim=1, keepdim=True)).square().mean()
-            self.log("train_loss", loss, prog_bar=True)
+            self.log("train_loss", loss, prog_bar=True, sync_dist=True)
             return loss
 
         def configure_optimizers(self) -> Any:

@@ -191,7 +191,7 @@ def trainer_run(
 
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             loss = self.model(input_ids=batch, labels=batch, use_cache=False).loss
-            self.log("train_loss", loss, prog_bar=True)
+            self.log("train_loss", loss, prog_bar=True, sync_dist=True)
             return loss
 
         def configure_optimizers(self) -> Any:

@@ -116,7 +116,7 @@ class TinyLM(L.LightningModule):
         positions = torch.cat([torch.arange(length, device=batch.device) for length in self._documents])
         positions = positions.expand_as(batch)
         loss: Tensor = self.model(input_ids=batch, labels=batch, position_ids=positions, use_cache=False).loss
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:

@@ -82,6 +82,10 @@ class RankMonitor:
         except RuntimeError:  # the store went away with its rank: that one has told already
             return
 
+    def has_failed(self) -> bool:
+        """Return whether another rank is known to have failed."""
+        return self._failure is not None
+
     def failure_elsewhere(self, patience_s: float = 3.0) -> Failure | None:
         """Return what another rank failed with, waiting a little for it to say so."""
         deadline = time.monotonic() + patience_s

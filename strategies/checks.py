@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from kenotron.parallel.apply import Parallelized
+from kenotron.parallel.shards import successor
 
 
 def check_pipelined(module: Any, pp: int, *, overrides_backward: bool) -> None:
@@ -23,6 +24,28 @@ def check_pipelined(module: Any, pp: int, *, overrides_backward: bool) -> None:
         )
     if "dataloader_iter" in inspect.signature(module.training_step).parameters:
         raise ValueError(f"pp={pp} splits batches; training_step(dataloader_iter) has none. Take a batch.")
+
+
+def adopt_optimizer(optimizer: Any, done: Parallelized, world_size: int) -> None:
+    """Let an optimizer that was made before the module was sharded train what has replaced its parameters.
+
+    Raises:
+        ValueError: it holds others than the module's, which would be trained on each rank alone and saved by none.
+    """
+    own = done.names()
+    for group in optimizer.param_groups:
+        found = [successor(param) for param in group["params"]]
+        for old, new in zip(group["params"], found, strict=True):
+            if new is not old and old in optimizer.state:
+                optimizer.state.pop(old)  # of a step before, for the whole parameter
+        group["params"][:] = found  # in place: wrappers and LBFGS hold the list
+        foreign = [tuple(param.shape) for param in found if id(param) not in own]
+        if foreign and world_size > 1:
+            raise ValueError(
+                f"{type(optimizer).__name__} has {len(foreign)} parameters that are none of the LightningModule's (shapes "
+                f"{', '.join(map(str, foreign[:4]))}{', …' if len(foreign) > 4 else ''}). Make them nn.Parameters of the module, "
+                "and make the optimizer in configure_optimizers, from self.parameters()."
+            )
 
 
 def check_callbacks(callbacks: Iterable[Any], done: Parallelized) -> None:

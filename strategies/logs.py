@@ -100,7 +100,6 @@ class LogRelay:
     Args:
         module: the LightningModule.
         group: the pipeline group; ``host_group``: the same ranks for host data. last_rank: global rank of the last stage.
-        dp_group: the data-parallel group of this rank, over which what the progress bar shows is averaged.
     """
 
     def __init__(
@@ -109,11 +108,10 @@ class LogRelay:
         group: dist.ProcessGroup,
         host_group: dist.ProcessGroup,
         last_rank: int,
-        dp_group: dist.ProcessGroup,
         device: torch.device,
     ) -> None:
         self._module = module
-        self._group, self._host_group, self._dp_group = group, host_group, dp_group
+        self._group, self._host_group = group, host_group
         self._last_rank = last_rank
         self._is_last = dist.get_rank() == last_rank
         self._device = device
@@ -131,7 +129,6 @@ class LogRelay:
         packed = torch.zeros(1 + sum(entry.has_value + entry.has_batch_size for entry in entries), device=self._device)
         if self._is_last:
             packed = torch.stack([_scalar(0.0 if extra is None else extra).to(self._device), *values])
-            packed = self._average_over_dp(entries, packed)
         dist.broadcast(packed, self._last_rank, group=self._group)
         return packed[0], self._unpack(entries, packed[1:])
 
@@ -177,18 +174,6 @@ class LogRelay:
             self._schemas.append(box[0])
         return self._schemas[int(number)]
 
-    def _average_over_dp(self, entries: tuple[_Entry, ...], packed: Tensor) -> Tensor:
-        """The progress bar shows the mean over data-parallel ranks, whatever ``sync_dist`` says."""
-        if dist.get_world_size(self._dp_group) == 1:
-            return packed
-        with_value = [entry for entry in entries if entry.has_value]
-        shown = [i + 1 for i, entry in enumerate(with_value) if _is_shown_mean(dict(entry.options)) and not entry.metric]
-        if shown:
-            mean = packed[shown] / dist.get_world_size(self._dp_group)
-            dist.all_reduce(mean, group=self._dp_group)
-            packed[shown] = mean
-        return packed
-
     def _unpack(self, entries: tuple[_Entry, ...], values: Tensor) -> list[Call]:
         count = sum(entry.has_value for entry in entries)
         remaining, batch_sizes = iter(values[:count].unbind()), iter(values[count:].unbind())
@@ -210,10 +195,6 @@ class LogRelay:
         shared = self._shared[name]
         shared.__dict__["_forward_cache"] = last_value
         return shared
-
-
-def _is_shown_mean(options: dict[str, Any]) -> bool:
-    return bool(options.get("prog_bar")) and options.get("reduce_fx", "mean") in ("mean", "avg", torch.mean)
 
 
 class SharedMetric(Metric):

@@ -3,30 +3,99 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from kenotron.callbacks_native import crc32c
 from kenotron.parallel.pipeline import check_microbatches
 
+#: A method of a LightningModule: what it returns for a batch is the number of samples in it.
+NUM_SAMPLES = "num_samples"
 
-def batch_size(batch: Any) -> int:
-    """Return the size of the first dimension of the first tensor in ``batch``.
+
+def count_samples(batch: Any, loaders: Any, *, may_be_short: bool) -> Any:
+    """Return how many samples are in a batch: a number, or containers of numbers where it comes from several loaders.
+
+    Args:
+        loaders: a data loader, or containers of those, which give a batch of the same structure.
+        may_be_short: the batch may have fewer samples than its loader's batch size.
 
     Raises:
-        ValueError: there is no tensor with a dimension.
+        ValueError: the size of the batch is not that of its loader.
     """
-    tensor = _first_tensor(batch)
-    if tensor is None:
+    if isinstance(loaders, Mapping | list | tuple):
+        pairs = list(loaders.items()) if isinstance(loaders, Mapping) else list(enumerate(loaders))
+        if type(loaders) is not type(batch) or len(batch) != len(pairs):
+            raise ValueError(
+                f"pp > 1: the batch is a {type(batch).__name__}, but comes from a {type(loaders).__name__} of {len(pairs)} data "
+                f"loaders, so it is not known what is split into microbatches. {_REMEDY}"
+            )
+        # The shorter of several loaders starts over, or ends, somewhere in an epoch.
+        found = {key: count_samples(batch[key], each, may_be_short=True) for key, each in pairs}
+        return found if isinstance(loaders, Mapping) else list(found.values())
+    if batch is None:  # of a loader that has come to its end
+        return 0
+    return _count(batch, _batch_size(loaders), may_be_short=may_be_short or _is_iterable(loaders))
+
+
+_REMEDY = (
+    f"Give the LightningModule a method {NUM_SAMPLES}(self, batch) that returns how many samples are in a batch (what has as "
+    "many rows is split, everything else goes whole to every microbatch), or set microbatches=1, which splits nothing."
+)
+
+
+def _count(batch: Any, wanted: int | None, *, may_be_short: bool) -> int:
+    first = _first_tensor(batch)
+    if first is None:
         raise ValueError(
             f"pp > 1: the batch ({type(batch).__name__}) holds no tensor with a batch dimension, so it can't be split into "
             "microbatches. Return tensors, or containers of tensors, from the data loader, or set pp=1."
         )
-    return tensor.shape[0]
+    rows = list(batch) if isinstance(batch, list) and all(isinstance(part, Mapping) for part in batch) else []
+    size = len(rows) or first.shape[0]
+    full = (*_first_sizes(batch), len(batch) if isinstance(batch, list) else 0)
+    if wanted in full and (size > wanted or not may_be_short):
+        size = wanted
+    elif wanted is not None and (size > wanted or (size < wanted and not may_be_short)):
+        raise ValueError(
+            f"pp > 1: the data loader's batch size is {wanted}, but the first tensor of the batch has the shape "
+            f"{tuple(first.shape)}. Batches are split along the first dimension: put the samples there (batch_first=True). "
+            f"Where a batch has other rows than samples: {_REMEDY}"
+        )
+    for tensor in tensors(batch):
+        if tensor.ndim > 1 and tensor.shape[0] != size == tensor.shape[1]:
+            raise ValueError(
+                f"pp > 1: a batch of {size} samples has a tensor of shape {tuple(tensor.shape)}, which looks as if its samples "
+                f"were in the second dimension. Put them first (batch_first=True). Where they are not: {_REMEDY}"
+            )
+    return size
+
+
+def _batch_size(loader: Any) -> int | None:
+    """Return the batch size of a data loader; ``None`` where the data set, or a sampler, makes batches of any size."""
+    for holder in (loader, getattr(loader, "batch_sampler", None)):
+        size = getattr(holder, "batch_size", None)
+        if isinstance(size, int) and not isinstance(size, bool):
+            return size
+    return None
+
+
+def _is_iterable(loader: Any) -> bool:
+    """Return whether short batches come at any time: each worker of an iterable data set has a last one."""
+    return isinstance(getattr(loader, "dataset", None), IterableDataset)
+
+
+def leaves(counts: Any) -> list[int]:
+    """Return the numbers in what `count_samples` returned."""
+    if isinstance(counts, int):
+        return [counts]
+    return [leaf for part in (counts.values() if isinstance(counts, Mapping) else counts) for leaf in leaves(part)]
 
 
 def _first_tensor(value: Any) -> Tensor | None:
@@ -45,17 +114,32 @@ def _parts(value: Any) -> list[Any]:
     return []
 
 
-def split(batch: Any, sizes: Sequence[int]) -> list[Any]:
-    """Return one batch of the same structure per entry of ``sizes``.
+def split(batch: Any, counts: Any, num_microbatches: int) -> list[Any]:
+    """Return one batch of the same structure per microbatch.
 
     Tensors whose first dimension is the batch are cut, and lists of as many samples: plain values, dicts, tensors of other
     sizes. Everything else is shared.
+
+    Args:
+        counts: the number of samples, or of those from each of several loaders, see `count_samples`.
     """
-    total, start, found = sum(sizes), 0, []
-    for size in sizes:
-        found.append(_slice(batch, total, start, start + size))
-        start += size
-    return found
+    return [_microbatch(batch, counts, num_microbatches, index) for index in range(num_microbatches)]
+
+
+def _microbatch(batch: Any, counts: Any, number: int, index: int) -> Any:
+    if isinstance(counts, Mapping):
+        return {key: _microbatch(batch[key], count, number, index) for key, count in counts.items()}
+    if isinstance(counts, list):
+        parts = [_microbatch(part, count, number, index) for part, count in zip(batch, counts, strict=True)]
+        return parts if isinstance(batch, list) else tuple(parts)
+    sizes = shares(counts, number)
+    start = sum(sizes[:index])
+    return _slice(batch, counts, start, start + sizes[index]) if number > 1 else batch
+
+
+def shares(size: int, number: int) -> list[int]:
+    """Return how many of ``size`` samples each of ``number`` microbatches has."""
+    return [size // number + (i < size % number) for i in range(number)]
 
 
 def _slice(value: Any, total: int, start: int, stop: int) -> Any:
@@ -152,14 +236,30 @@ class Splitter:
         self._pp = pp
         self._largest = 0
 
-    def sizes(self, size: int) -> list[int]:
-        """Return the size of each microbatch for a batch of ``size``.
+    @property
+    def splits(self) -> bool:
+        """Whether batches are split at all."""
+        return self._wanted != 1
+
+    def number(self, sizes: Sequence[int]) -> int:
+        """Return into how many microbatches a batch is split.
+
+        Args:
+            sizes: how many samples it has of each loader. Of several, each microbatch has the same share.
 
         Raises:
             ValueError: a full batch that the number of microbatches does not divide; one too small for the schedule.
         """
-        count = self._auto(size) if self._wanted == "auto" else self._given(size)
-        return [size // count + (i < size % count) for i in range(count)]
+        if not self.splits:
+            return 1
+        if len(sizes) == 1:
+            return self._auto(sizes[0]) if self._wanted == "auto" else self._given(sizes[0])
+        common, most = math.gcd(*sizes), 4 * self._pp if self._wanted == "auto" else self._wanted
+        assert isinstance(most, int)
+        for count in range(min(most, common), 0, -1):
+            if common % count == 0 and self._goes(count):
+                return count
+        raise self._too_small(common)
 
     def _given(self, size: int) -> int:
         assert self._wanted != "auto"
@@ -185,7 +285,10 @@ class Splitter:
         for count in range(most, 0, -1):
             if self._goes(count):
                 return count
-        raise ValueError(
+        raise self._too_small(size)
+
+    def _too_small(self, size: int) -> ValueError:
+        return ValueError(
             f"a batch of {size} samples is too small for schedule={self._schedule!r} on pp={self._pp}. Use larger batches "
             "(drop_last=True for the last one), or schedule='1f1b'."
         )

@@ -232,6 +232,7 @@ class CheckpointState:
         tensors: list[LocalTensor] = []
         numbers: list[tuple[dict[str, Any], str]] = []
         for name, param in self._own_parameters(optimizer):
+            optimizer.state.pop(param, None)  # what the checkpoint lacks was not there: replace, not overwrite
             if not self._updates_any(index, param):
                 continue
             group, share = group_of[id(param)], self._share_of(index, param)

@@ -18,7 +18,7 @@ from kenotron.parallel.pipeline import Pipeline
 from kenotron.parallel.random import RandomStreams
 from kenotron.strategies.logs import Call, LogRelay, merge, recording
 from kenotron.strategies.loss import StepLoss, TokenCount
-from kenotron.strategies.microbatches import Splitter, batch_size, shape_key, split, tensors
+from kenotron.strategies.microbatches import NUM_SAMPLES, Splitter, count_samples, leaves, shape_key, shares, split, tensors
 
 
 class PipelineSteps:
@@ -60,6 +60,8 @@ class PipelineSteps:
         scale: Callable[[Tensor], Tensor],
         accumulate: int,
         weigh: Callable[[float], None],
+        *,
+        is_last_batch: bool,
     ) -> Tensor:
         """Run forward and backward of one batch.
 
@@ -67,14 +69,18 @@ class PipelineSteps:
             step: the user's ``training_step``. rest: its arguments after the batch. context: of precision.
             scale: of the loss (fp16). accumulate: batches per update.
             weigh: told the share of each microbatch in the update before it runs.
+            is_last_batch: of the epoch; it may have fewer samples.
 
         Returns:
             The mean loss of this data-parallel rank's batch, the same on every stage (0-dim, detached).
         """
-        sizes = self._splitter.sizes(batch_size(batch))
-        microbatches, weights = split(batch, sizes), [size / sum(sizes) for size in sizes]
-        calls: list[Sequence[Call]] = [()] * len(sizes)
-        losses: list[StepLoss | None] = [None] * len(sizes)
+        counts = self._count_samples(batch, is_last_batch) if self._splitter.splits else 1
+        number = self._splitter.number(leaves(counts))
+        microbatches, weights = split(batch, counts, number), [1 / number] * number
+        if isinstance(counts, int):
+            weights = [size / counts for size in shares(counts, number)]
+        calls: list[Sequence[Call]] = [()] * number
+        losses: list[StepLoss | None] = [None] * number
 
         def run(index: int) -> Tensor:
             weigh(weights[index] / accumulate)
@@ -99,6 +105,12 @@ class PipelineSteps:
         if not self._knows_form:  # stages that do not reach the loss learn its form from the first batch
             self._tokens.uses_sums, self._knows_form = self.share(self._tokens.uses_sums), True
         return mean
+
+    def _count_samples(self, batch: Any, is_last_batch: bool) -> Any:
+        own = getattr(self._module, NUM_SAMPLES, None)
+        if callable(own):
+            return int(own(batch))
+        return count_samples(batch, self._module.trainer.train_dataloader, may_be_short=is_last_batch)
 
     @contextlib.contextmanager
     def _microbatch(self, context: Callable[[], Any]) -> Iterator[list[Call]]:

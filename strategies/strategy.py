@@ -43,7 +43,7 @@ from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.auto import choose, take_apart
 from kenotron.strategies.checkpointing import check_path
-from kenotron.strategies.checks import check_callbacks, check_pipelined
+from kenotron.strategies.checks import adopt_optimizer, check_callbacks, check_pipelined
 from kenotron.strategies.collectives import Collectives
 from kenotron.strategies.guard import Guard, StepGuard, check_precision_of_guard
 from kenotron.strategies.logs import LogRelay
@@ -360,6 +360,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             check_precision_of_guard(str(self.precision_plugin.precision))
             self._guards = {id(each): StepGuard(self._guard, each, self.root_device) for each in self.optimizers}
         for optimizer in self.optimizers:
+            adopt_optimizer(optimizer, self._done, self.world_size)
             check_optimizer(optimizer, self.layout)
         self._updates = self._shard_updates()
         for optimizer, update in zip(self.optimizers, self._updates or itertools.repeat(None), strict=False):
@@ -469,6 +470,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
     def _connect_ranks(self, trainer: Any, module: Any) -> None:
         """Let Lightning's loops, metrics and precision plugin see all ranks."""
         assert self._monitor is not None
+        if self._done is not None and self._done.sharded is not None:
+            self._done.sharded.gathered.has_failed = self._monitor.has_failed
         _lightning.disable_inference_mode(trainer)
         if not self.is_distributed:  # Lightning then drops sync_dist=True, and advises to set it
             warnings.filterwarnings("ignore", message="It is recommended to use `self.log")
@@ -506,7 +509,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             before_graph=done.look_for_shares,
             on_enter=self._streams.enter_model,
         )
-        relay = LogRelay(module, pipeline.group, self._host_pp_group, pipeline.last_rank, self._dp_group, self.root_device)
+        relay = LogRelay(module, pipeline.group, self._host_pp_group, pipeline.last_rank, self.root_device)
         assert self._tokens is not None
         splitter = Splitter(self._microbatches, self._schedule, self.layout.pp)
         self._steps = PipelineSteps(module, pipeline, splitter, relay, self._streams, self._tokens, done.experts)

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torchmetrics import Metric
 
 from kenotron.models.moe import set_loss_weight, update_expert_bias
 from kenotron.parallel.apply import data_group
@@ -58,7 +57,7 @@ class Training(Failures):
         self._weight_auxiliary_losses(1.0 / accumulate)
         # Other samples, other masks; ranks that share samples draw alike.
         own = self._own_stream.entered() if self.is_distributed else contextlib.nullcontext()
-        with self.precision_plugin.train_step_context(), self._shown_values_are_means(module), own:
+        with self.precision_plugin.train_step_context(), own:
             output = done.enclose(lambda: module.training_step(*args, **kwargs))
         if module.automatic_optimization and isinstance(output, dict) and "num_tokens" in output:
             loss = StepLoss.of(output)
@@ -66,26 +65,9 @@ class Training(Failures):
             output = {**output, "loss": self._tokens.mean([loss], [1.0])}
         elif module.automatic_optimization and output is not None:
             StepLoss.of(output)
+        elif output is None:  # no backward pass lets go of what was gathered
+            self._reshard()
         return output
-
-    @contextlib.contextmanager
-    def _shown_values_are_means(self, module: Any) -> Generator[None, None, None]:
-        """What the progress bar shows of a training step is the mean over data-parallel ranks."""
-        if not self.is_distributed or "log" in module.__dict__:
-            yield
-            return
-        log = module.log
-
-        def log_mean(name: str, value: Any, prog_bar: bool = False, *args: Any, **options: Any) -> None:
-            if prog_bar and not isinstance(value, Metric) and not args:
-                options["sync_dist"] = True
-            log(name, value, prog_bar, *args, **options)
-
-        module.__dict__["log"] = log_mean
-        try:
-            yield
-        finally:
-            del module.__dict__["log"]
 
     def _pipelined_training_step(self, batch: Any, *rest: Any) -> Tensor:
         module, package = self._user_module, self.names.package
@@ -103,6 +85,7 @@ class Training(Failures):
             scale=scaler.scale if scaler is not None else lambda tensor: tensor,
             accumulate=accumulate,
             weigh=self._weight_auxiliary_losses,
+            is_last_batch=trainer.is_last_batch,
         )
         _lightning.call_hook(trainer, package, "on_before_backward", loss)
         if self._sync:
@@ -279,6 +262,8 @@ class Training(Failures):
                 return self._done.enclose(lambda: step(*args, **kwargs))
         except Exception as error:
             raise self._explain(error) from error.__cause__
+        finally:
+            self._reshard()
 
     def _share_buffers(self) -> None:
         """Give the first replica's running statistics to all: what it saves is what all train and validate with."""
@@ -297,15 +282,7 @@ class Training(Failures):
     def on_predict_start(self) -> None:
         self._share_buffers()
 
-    def on_validation_end(self) -> None:
-        self._reshard()
-
-    def on_test_end(self) -> None:
-        self._reshard()
-
-    def on_predict_end(self) -> None:
-        self._reshard()
-
     def _reshard(self) -> None:
+        """Free gathered parameters, so that hooks find shards, and write to those."""
         if self._done is not None and self._done.sharded is not None:
             self._done.sharded.reshard()

@@ -12,7 +12,6 @@ import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.fsdp import FSDPModule
-from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState
 from torch.distributed.pipelining.stage import _RecvInfo as RecvInfo
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -29,12 +28,14 @@ __all__ = [
     "default_store",
     "device_constructors",
     "flatten",
+    "fsdp_groups",
     "functional_all_gather",
     "functional_reduce_scatter",
     "group_options",
     "is_in_backward",
     "set_local",
     "share_memory",
+    "storage_id",
     "unsharded_parameters",
     "watch_compilation",
     "without_functions",
@@ -45,9 +46,6 @@ functional_all_gather: Callable[..., Tensor] = getattr(funcol, "all_gather_singl
 functional_reduce_scatter: Callable[..., Tensor] = (
     getattr(funcol, "reduce_scatter_single", None) or funcol.reduce_scatter_tensor
 )
-
-# Since torch 2.12 a module may have several groups of parameters.
-_HAS_GROUPS = "_fsdp_param_groups" in vars(FSDPState())
 
 #: A context in which modes and subclasses see no call of torch's functions.
 without_functions = torch._C.DisableTorchFunction
@@ -70,13 +68,10 @@ def default_store() -> dist.Store:
 
 def unsharded_parameters(root: nn.Module) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield what autograd knows each parameter of FSDP2 by once it was gathered, and the sharded parameter."""
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            state: Any = module._get_fsdp_state()
-            for group in state._fsdp_param_groups if _HAS_GROUPS else [state._fsdp_param_group]:
-                for param in group.fsdp_params if group is not None else ():
-                    if hasattr(param, "_unsharded_param"):
-                        yield param._unsharded_param, param.sharded_param
+    for group in fsdp_groups(root):
+        for param in group.fsdp_params:
+            if hasattr(param, "_unsharded_param"):
+                yield param._unsharded_param, param.sharded_param
 
 
 def flatten(mesh: Any, *axes: str, name: str) -> Any:
@@ -163,3 +158,16 @@ def is_in_backward() -> bool:
 def set_local(tensor: DTensor, part: Tensor) -> None:
     """Let a DTensor have its local part elsewhere, of the same shape: in host memory, say, while nothing computes with it."""
     tensor._local_tensor = part
+
+
+def fsdp_groups(root: nn.Module) -> list[Any]:
+    """Return FSDP2's groups of parameters, each of which is gathered at once."""
+    states = [module._get_fsdp_state() for module in root.modules() if isinstance(module, FSDPModule)]
+    # torch 2.13 allows several for a module.
+    found = [getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group] for state in states]
+    return [group for groups in found for group in groups if group is not None]
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Return what stays the same until a tensor is given other data (``tensor.data = …``)."""
+    return int(tensor.untyped_storage()._cdata)

@@ -32,7 +32,7 @@ from kenotron.parallel.grads import GradientNorm, OwedSums
 from kenotron.parallel.plan import ParallelPlan, find_plan, pipeline_hints
 from kenotron.parallel.random import OwnStream
 from kenotron.parallel.recompute import Recompute, compile_blocks
-from kenotron.parallel.shards import Shards, canonical
+from kenotron.parallel.shards import Shards, attributes, canonical
 from kenotron.parallel.shares import ShareCheck
 
 
@@ -150,6 +150,8 @@ class Parallelized:
         """After the last backward pass before an update: make every gradient that of the whole global batch."""
         for reducer in self.reducers:
             reducer.finish()
+        if self.sharded is not None:
+            self.sharded.gathered.finish()
         if self.owed:
             self.owed.pay(self.named_parameters())
 
@@ -250,12 +252,15 @@ def _find_holders(done: Parallelized, rank_of_stage: dict[int, int]) -> None:
 
 def _drop_other_stages(done: Parallelized) -> None:
     assert done.cut is not None
-    for prefix, module in done.root.named_modules():
-        for key, param in list(module._parameters.items()):
-            name = canonical(f"{prefix}.{key}" if prefix else key)
-            if param is not None and done.cut.is_elsewhere(name):
-                module._parameters[key] = AbsentParameter.like(param)
-                done.shards.absent[name] = tuple(param.shape)
+    places = [
+        (canonical(f"{prefix}.{key}" if prefix else key), module, key, param, tuple(param.shape))
+        for prefix, module in done.root.named_modules() for key, param in module._parameters.items() if param is not None
+    ]  # fmt: skip
+    here = {id(param) for name, _, _, param, _ in places if not done.cut.is_elsewhere(name)}
+    for name, module, key, param, shape in places:
+        if done.cut.is_elsewhere(name):
+            module._parameters[key] = AbsentParameter.of(param, is_used_here=id(param) in here)
+            done.shards.absent[name] = shape
 
 
 def _groups_of_holders(shards: Shards, mesh: DeviceMesh) -> dict[tuple[int, ...], dist.ProcessGroup]:
@@ -469,7 +474,7 @@ def _fully_shard(
         over = expert_mesh["dp_replicate", "expert_shard"] if layout.dp_replicate > 1 else expert_mesh["expert_shard"]
     layers = [layer for layer in layers if layer not in tied]
     done.sharded = FullySharded(
-        root, layers, fsdp_mesh, layout.zero_stage, ignored, experts, over, gather_bf16=request.gather_bf16
+        root, layers, fsdp_mesh, layout.zero_stage, ignored, data_group(mesh), experts, over, gather_bf16=request.gather_bf16
     )
 
 
@@ -500,7 +505,10 @@ def _tied_across(layers: Sequence[nn.Module], root: nn.Module) -> list[nn.Module
 
 def _move(root: nn.Module, device: torch.device) -> None:
     """Move what is left elsewhere to the device; parameters of other stages stay empty."""
+    before = [(param, attributes(param)) for param in root.parameters()]
     root.to(device)
+    for param, found in before:  # torch swaps the content of a DTensor, and its attributes with it
+        param.__dict__.update(found)
 
 
 def _aliases(root: nn.Module) -> dict[str, str]:

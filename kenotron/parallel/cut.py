@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
-from kenotron.parallel.shards import canonical
+from kenotron.parallel.shards import attributes, canonical, set_part, take_over
 
 
 class StageExit(BaseException):
@@ -281,6 +281,21 @@ class AbsentParameter(nn.Parameter):
     def like(param: nn.Parameter) -> AbsentParameter:
         shape = (0, *param.shape[1:]) if param.ndim else (0,)
         return AbsentParameter(torch.empty(shape, dtype=param.dtype, device="cpu"), requires_grad=param.requires_grad)
+
+    @staticmethod
+    def of(param: nn.Parameter, *, is_used_here: bool) -> AbsentParameter:
+        """Return what stands for a parameter: the object itself, emptied, unless this rank has another use for it (a tie)."""
+        absent = AbsentParameter.like(param)
+        if is_used_here or type(param) is not nn.Parameter:
+            absent.__dict__.update(attributes(param))
+            return absent
+        if param.is_meta:
+            take_over(param, absent)
+            return absent
+        param.__class__ = AbsentParameter
+        set_part(param, absent.detach().to(param.device))
+        assert isinstance(param, AbsentParameter)
+        return param
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -12,6 +12,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torchmetrics import Metric
 
+from kenotron.parallel.gathered import GatheredParameters
+from kenotron.parallel.shards import take_over
 from kenotron.parallel.stages import has_forward, lists_of_like_layers
 
 _BUCKET_BYTES = 25 * 2**20
@@ -185,7 +187,7 @@ class FullySharded:
         layers: modules that are gathered one by one when they are called.
         mesh: one dimension (shard) or two (replicate, shard).
         zero_stage: 1, 2 or 3.
-        ignored: parameters which stay as they are.
+        ignored: parameters which stay as they are. group: the ranks over which gradients are averaged.
         experts: modules that are gathered one by one over a mesh of their own, ``expert_mesh``.
         gather_bf16: parameters are gathered, and used, as bfloat16; gradients are reduced and kept in float32.
     """
@@ -197,12 +199,14 @@ class FullySharded:
         mesh: DeviceMesh,
         zero_stage: int,
         ignored: set[nn.Parameter],
+        group: dist.ProcessGroup,
         experts: Sequence[nn.Module] = (),
         expert_mesh: DeviceMesh | None = None,
         *,
         gather_bf16: bool = False,
     ) -> None:
         self.zero_stage = zero_stage
+        before = _all_parameters(root)
         options: dict[str, Any] = {"mesh": mesh, "ignored_params": ignored}
         if gather_bf16:  # what goes in is autocast's to cast
             options["mp_policy"] = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
@@ -218,6 +222,9 @@ class FullySharded:
         register_fsdp_forward_method(root, "_kenotron_enclose")
         assert isinstance(root, FSDPModule)
         self.root = root
+        for old, new in dict(zip(before, _all_parameters(root), strict=True)).items():
+            take_over(old, new)
+        self.gathered = GatheredParameters(root, group, same_dtype=not gather_bf16)
 
     def _shard_experts(self, experts: nn.Module, mesh: DeviceMesh, replicas: int, options: dict[str, Any]) -> None:
         """Shard spread experts over the ranks that hold the same ones."""
@@ -234,6 +241,7 @@ class FullySharded:
 
     def enclose(self, call: Any) -> Any:
         """Run ``call()`` with the root's own parameters gathered."""
+        self.gathered.begin()
         return self.root.__dict__["_kenotron_enclose"](call)
 
     def before_backward(self, *, last_microbatch: bool, sync: bool) -> None:
@@ -253,6 +261,10 @@ class FullySharded:
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
+
+
+def _all_parameters(root: nn.Module) -> list[nn.Parameter]:
+    return [param for _, param in root.named_parameters(remove_duplicate=False)]
 
 
 def _call(call: Any) -> Any:

@@ -32,7 +32,7 @@ from kenotron.layout import divisors
 from kenotron.parallel.collectives import all_to_all
 from kenotron.parallel.expert_load import ExpertLoads, ExpertsCall
 from kenotron.parallel.rows import add_rows, take_rows
-from kenotron.parallel.shards import Shards, TensorShard
+from kenotron.parallel.shards import Shards, TensorShard, set_part
 
 #: (index of the choice, -1 for one that was dropped; its weight)
 Choices = tuple[Tensor, Tensor]
@@ -113,7 +113,7 @@ class ExpertParallel:
                 global_shape=tuple(param.shape), experts=(self.rank * count, count), replicas=tuple(range(self.shards.tp))
             )
             self.shards.by_name[f"{name}.{key}"] = shard
-            module._parameters[key] = nn.Parameter(shard.take(param.detach()).clone(), requires_grad=param.requires_grad)
+            set_part(param, shard.take(param.detach()).clone())
 
     @contextlib.contextmanager
     def silent(self) -> Iterator[None]:

@@ -214,6 +214,8 @@ class Pipeline:
         metas = [self._metas[key] for key in keys]
         stages = [_Stage(self, stage, [meta[stage] for meta in metas]) for stage in self.cut.local_stages]
         kind, several, _ = SCHEDULES[self.schedule]
+        if self.schedule == "1f1b" and len(keys) < self.cut.num_stages:  # a last batch too small for it: any number goes here
+            kind, several, _ = SCHEDULES["afab"]
         # scale_grads would divide gradients that earlier batches accumulated, too.
         return kind(stages if several else stages[0], len(keys), loss_fn=_loss_as_is, scale_grads=False)
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,14 +93,6 @@ class Shards:
         self.shared_kv = {name_of(name) for name in self.shared_kv}
 
 
-def take_over(old: Tensor, new: Tensor) -> None:
-    """Give a parameter that takes another one's place what the user hung on that: attributes and hooks of gradients."""
-    new.__dict__.update(old.__dict__)
-    for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-        if getattr(old, hooks, None):
-            setattr(new, hooks, getattr(old, hooks))
-
-
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
@@ -107,3 +101,86 @@ def canonical(name: str) -> str:
     if "._" not in name and not name.startswith("_"):
         return name
     return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+# --------------------------------------------------------------------------------------------- identity of parameters
+
+_REPLACED_BY = "_kenotron_replaced_by"
+
+
+@torch.no_grad()
+def set_part(param: nn.Parameter, part: Tensor) -> None:
+    """Let a parameter hold ``part``, of the same dtype, in place of its data: the object stays, with attributes and hooks.
+
+    So whoever holds it (an optimizer made in ``__init__``, a list of parameters) has what is trained.
+    """
+    param.grad = None
+    # An accumulator that somebody keeps alive remembers the old shape. One for another dtype is made anew.
+    param.data = torch.empty(0, dtype=torch.float64 if param.dtype != torch.float64 else torch.float32, device=param.device)
+    param.data = part.to(param.device)
+
+
+def take_over(old: nn.Parameter, new: nn.Parameter) -> nn.Parameter:
+    """Give ``new`` the attributes and gradient hooks of the parameter that it replaces, and return it.
+
+    For where `set_part` can't keep the object itself (a DTensor, a parameter that was on the meta device). ``old`` knows its
+    successor, see `successor`; to compute with it is an error.
+    """
+    if new is old:
+        return new
+    new.__dict__.update(attributes(old))
+    hand_on_hooks(old, new)
+    if old._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
+        new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    shape = tuple(old.shape)
+    if type(old) is nn.Parameter:
+        old.__class__ = ReplacedParameter
+        old.grad = None
+        if not old.is_meta:  # its memory
+            old.data = torch.empty(0, dtype=old.dtype, device=old.device)
+    old.__dict__[_REPLACED_BY] = new
+    old.__dict__["_kenotron_shape"] = shape
+    return new
+
+
+def attributes(param: Tensor) -> dict[str, Any]:
+    """Return what user code has set on a parameter."""
+    return {key: value for key, value in param.__dict__.items() if not key.startswith("_kenotron_")}
+
+
+def hand_on_hooks(old: Tensor, new: Tensor) -> None:
+    """Let the hooks on one parameter's gradient see that of another one; a handle removes a hook from both."""
+    if old._backward_hooks:
+        trained = new.requires_grad
+        new.requires_grad_(True)  # torch takes no hooks of frozen ones, which may be unfrozen
+        new._backward_hooks = old._backward_hooks
+        new.requires_grad_(trained)
+
+
+def successor(param: Tensor) -> Tensor:
+    """Return what stands in a parameter's place now: the parameter itself, if it was not replaced."""
+    while _REPLACED_BY in param.__dict__:
+        param = param.__dict__[_REPLACED_BY]
+    return param
+
+
+class ReplacedParameter(nn.Parameter):
+    """A parameter from before the module was sharded, which is no longer the module's: to compute with it is an error."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        looks = func.__name__ in ("__get__", "__set__", "detach", "__deepcopy__", "__reduce_ex__")
+        try:
+            out = torch._C._disabled_torch_function_impl(func, types, args, kwargs or {})
+        except (RuntimeError, IndexError):  # of its shape
+            if looks:
+                raise
+        else:
+            if looks or not any(isinstance(leaf, Tensor) for leaf in tree_leaves(out)):
+                return out
+        param = next(leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, cls))
+        raise ValueError(
+            f"a parameter of shape {param.__dict__.get('_kenotron_shape')} is used that was taken from the module before the "
+            "strategy sharded it, and is none of its parameters any more. Keep no parameters in lists, tuples or closures: "
+            "take them from the module where they are used (self.layer.weight, self.parameters())."
+        ) from None

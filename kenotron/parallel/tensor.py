@@ -49,7 +49,7 @@ from kenotron.parallel.plain import (
 )
 from kenotron.parallel.random import OwnStream, draws_masks
 from kenotron.parallel.region import SEQUENCE_DIM, Region
-from kenotron.parallel.shards import Shards, TensorShard, canonical
+from kenotron.parallel.shards import Shards, TensorShard, canonical, set_part
 from kenotron.parallel.vocab_modules import spread_embedding
 
 #: Where a row-wise linear with a bias keeps what multiplies by its weight: float8 puts another product there.
@@ -430,7 +430,7 @@ class TensorParallel:
         segments: tuple[tuple[int, int], ...],
         holders: tuple[int, ...] | tuple[tuple[int, ...], ...],
     ) -> None:
-        """Replace ``module.key`` by its local part, in every module that shares it (tied weights stay tied).
+        """Let ``module.key`` hold its local part, in every module that shares it (tied weights stay tied).
 
         Args:
             holders: the tp ranks that hold the same segments, or those of each segment.
@@ -449,11 +449,10 @@ class TensorParallel:
         replicas = tuple(rank for rank in holders if isinstance(rank, int)) or (self.rank,)
         shared = tuple(ranks for ranks in holders if isinstance(ranks, tuple))
         shard = TensorShard(global_shape=tuple(param.shape), dim=dim, segments=segments, replicas=replicas, shared=shared)
-        local = nn.Parameter(shard.take(param.detach()).clone(), requires_grad=param.requires_grad)
+        set_part(param, shard.take(param.detach()).clone())
         if spread is not None:
             shard = replace(shard, global_shape=spread.global_shape, experts=spread.experts)
-        for alias, owner, owner_key in _holders(root, param):
-            owner._parameters[owner_key] = local
+        for alias in _names(root, param):
             self.shards.by_name[alias] = shard
 
 
@@ -491,10 +490,10 @@ class _SharedInput:
         self._source = self._shared = None
 
 
-def _holders(root: nn.Module, param: nn.Parameter) -> list[tuple[str, nn.Module, str]]:
-    """Return ``(full name, module, key)`` of every place that holds ``param``."""
+def _names(root: nn.Module, param: nn.Parameter) -> list[str]:
+    """Return the full name of every place that holds ``param``."""
     return [
-        (f"{name}.{key}" if name else key, module, key)
+        f"{name}.{key}" if name else key
         for name, module in root.named_modules()
         for key, held in module._parameters.items()
         if held is param

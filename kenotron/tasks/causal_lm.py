@@ -129,7 +129,7 @@ class CausalLM(L.LightningModule):
     def on_after_backward(self) -> None:
         """Log the mean loss over the tokens of all ranks: callbacks see it when the batch ends."""
         found = self.trainer.callback_metrics
-        self.log("loss", found["loss_sum"] / found["num_tokens"].clamp(min=1), prog_bar=True)
+        self.log("loss", found["loss_sum"] / found["num_tokens"].clamp(min=1), prog_bar=True, sync_dist=True)
 
     def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> Any:
         """Return the sum of losses and the number of tokens."""

@@ -58,7 +58,7 @@ class Odd(L.LightningModule):
         for layer in self.layers:
             hidden = hidden + layer(hidden)
         loss = nn.functional.cross_entropy(hidden, y)
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> Any:
@@ -201,7 +201,7 @@ class Demo(L.LightningModule):
         ids = (x * 40).long().abs() % 50
         output = self.model(ids[:, :-1], ids[:, 1:])
         loss = nn.functional.nll_loss(output, ids[:, 1:].reshape(-1))
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> Any:

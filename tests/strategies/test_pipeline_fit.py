@@ -264,7 +264,7 @@ class ModelInside(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         x, y = batch
         loss = torch.nn.functional.cross_entropy(self.out(self.net(x)) / self.temperature, y)
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         return loss
 
     def configure_optimizers(self) -> Any:

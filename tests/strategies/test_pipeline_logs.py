@@ -74,7 +74,7 @@ class Metrics(Classifier):
         logits = self(x)
         loss = torch.nn.functional.cross_entropy(logits, y)
         self.train_accuracy(logits, y)
-        self.log("train_loss", loss, prog_bar=True)
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         self.log("train_accuracy", self.train_accuracy, on_step=False, on_epoch=True)
         return loss
 
