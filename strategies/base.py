@@ -42,6 +42,8 @@ class StrategyBase(_LightningStrategy):
     _dp_group: dist.ProcessGroup
     _host_pp_group: dist.ProcessGroup
     _monitor: RankMonitor | None
+    _last_monitor: RankMonitor | None
+    _announcements: dist.Store | None
     _done: Parallelized | None
     _steps: PipelineSteps | None
     _state: CheckpointState | None
@@ -125,6 +127,11 @@ class StrategyBase(_LightningStrategy):
         module = self._lightning_module
         trainer = getattr(module, "_trainer", None) if module is not None else None
         return trainer is not None and trainer.state.status == "interrupted"
+
+    def _ended_ranks(self) -> set[int]:
+        """Return the ranks whose processes are gone, as far as this one knows."""
+        monitor = self._monitor or self._last_monitor
+        return set() if monitor is None else monitor.ended()
 
     @property
     def _uses_foreign_io(self) -> bool:

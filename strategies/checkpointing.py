@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,12 +46,14 @@ def save_training(
     nodes: checkpoints.Nodes | None,
     rank_state: Mapping[str, Any],
     handling_exception: bool,
+    ended: Callable[[], Collection[int]],
 ) -> None:
     """Begin to write Lightning's ``checkpoint`` and this rank's tensors; all ranks call it.
 
     Args:
         nodes: where these share no file system.
         handling_exception: other ranks may be gone, so they are not waited for for long.
+        ended: tells which ranks' processes are gone.
     """
     values = dict(checkpoint)
     module_state = values.pop("state_dict", {})
@@ -81,6 +83,7 @@ def save_training(
         timeout_s=settings.timeout_s,
         aliases=state.aliases(),
         nodes=nodes,
+        ended=ended,
         start_timeout_s=settings.exception_timeout_s if handling_exception and world_size > 1 else None,
     )
 

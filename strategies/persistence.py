@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import contextlib
+import json
+import os
+import time
+
 import torch.distributed as dist
 from torch.optim import Optimizer
 
@@ -12,6 +17,7 @@ from kenotron import checkpoint as checkpoints
 from kenotron.checkpoint import LocalTensor
 from kenotron.strategies import _lightning
 from kenotron.strategies.base import StrategyBase
+from kenotron.strategies.callback_paths import paths_of, take_paths
 from kenotron.strategies.checkpointing import (
     LOADED_IN_PLACE,
     check_path,
@@ -51,6 +57,7 @@ class Persistence(StrategyBase):
             return
         if storage_options is not None:
             raise ValueError("storage_options belong to a CheckpointIO plugin; KenotronStrategy writes files itself.")
+        filepath = self._path_of_rank_0(filepath, save_id := self._next_save_id())
         check_path(filepath)
         checkpointer = self.checkpointer
         if self._guards:
@@ -62,14 +69,60 @@ class Persistence(StrategyBase):
             self._state,
             rank=self.global_rank,
             world_size=self.world_size,
-            save_id=self._next_save_id(),
+            save_id=save_id,
             settings=self._checkpoint_settings,
             nodes=self._nodes,
             handling_exception=self._is_failing,
+            ended=self._ended_ranks,
             rank_state={"random": random_state(self.root_device), "streams": self._streams_state()},
         )
         if not (self._checkpoint_settings.asynchronous and checkpointer.is_training) or self._links_to_last():
             checkpointer.wait()
+        self._rest()
+
+    def _path_of_rank_0(self, path: Any, save_id: str) -> str:
+        """Return where rank 0 saves: callbacks of other ranks may name a file after a value that each rank has for itself.
+
+        Through the store, without a collective: where an error is handled ranks may be missing. The callbacks of this rank
+        then hold rank 0's paths as well.
+        """
+        own = os.path.abspath(path) if "://" not in str(path) else str(path)
+        if self._announcements is None:
+            return own
+        callbacks = self._user_module.trainer.checkpoint_callbacks
+        if self.is_global_zero:
+            told = json.dumps([own, [paths_of(callback) for callback in callbacks]])
+            with contextlib.suppress(RuntimeError):  # a store that is gone: so are those who would ask it
+                self._announcements.set(save_id, told)
+            return own
+        limit_s = self._checkpoint_settings.exception_timeout_s if self._is_failing else self._checkpoint_settings.timeout_s
+        told = self._announced(save_id, limit_s)
+        if told is None:
+            return own
+        first, paths = json.loads(told)
+        for callback, theirs in zip(callbacks, paths, strict=False):
+            take_paths(callback, theirs)
+        return str(first)
+
+    def _announced(self, key: str, limit_s: float) -> str | None:
+        """Return what rank 0 has announced; ``None`` where it does not come to it: then saving fails, and tells why."""
+        assert self._announcements is not None
+        began, pause_s = time.monotonic(), 0.0002
+        try:
+            while not self._announcements.check([key]):
+                failure = None if self._monitor is None else self._monitor.failure
+                if time.monotonic() - began > limit_s or 0 in self._ended_ranks() or (failure and not self._is_failing):
+                    return None
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 0.05)
+            return str(self._announcements.get(key).decode())
+        except RuntimeError:  # the store is gone, and rank 0 with it
+            return None
+
+    def _rest(self) -> None:
+        """Outside of ``fit`` and its like nothing ends threads later: so let them end now."""
+        if self._user_module.trainer.state.status != "running" and not self.checkpointer.is_training:
+            self.checkpointer.close()
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint, once one that was begun later is published."""
@@ -79,6 +132,7 @@ class Persistence(StrategyBase):
             self.checkpointer.remove(filepath)
             if not self.checkpointer.is_training:
                 self.checkpointer.wait()
+                self._rest()
 
     @property
     def leads_checkpoints(self) -> bool:
@@ -105,8 +159,11 @@ class Persistence(StrategyBase):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if self._held_checkpointer is not None:
             self._held_checkpointer.wait()
+        check_path(checkpoint_path)
         if self._nodes is not None:
             checkpoint_path = checkpoints.common_path(checkpoint_path, self._exchange)
+        else:
+            checkpoint_path = self.broadcast(checkpoint_path)
         if self._uses_foreign_io or not checkpoints.is_checkpoint(checkpoint_path):
             loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
             if loaded.get("optimizer_states") and self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING:

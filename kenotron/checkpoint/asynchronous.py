@@ -25,7 +25,7 @@ import time
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -253,6 +253,7 @@ class Checkpointer:
         aliases: Mapping[str, str] | None = None,
         nodes: Nodes | None = None,
         is_lazy: Callable[[torch.Tensor], bool] = lambda tensor: False,
+        ended: Callable[[], Collection[int]] = tuple,
     ) -> PendingSave:
         """Begin to save together with the other ranks, and return.
 
@@ -276,7 +277,9 @@ class Checkpointer:
             start_timeout_s=start_timeout_s,
             aliases=aliases,
             nodes=nodes,
+            ended=ended,
         )
+        self._start_worker()  # before anything is copied that a worker is to write
         pending = PendingSave(attempt)
         head_start_s = _CALLS_OF_ALL_RANKS_S if world_size > 1 else 0.0
         refused: BaseException | None = None
@@ -363,6 +366,13 @@ class Checkpointer:
         self._drain()
         self._tell_errors()
 
+    def finish_within(self, timeout_s: float) -> None:
+        """Give saves that have been copied some time to come to their end; from any thread, and without an error."""
+        if self._worker is not None:
+            reached = threading.Event()
+            self._jobs.put(reached.set)
+            reached.wait(timeout_s)
+
     def close(self, *, others_timeout_s: float | None = None) -> None:
         """Wait, and stop all threads. The next save starts them again.
 
@@ -400,10 +410,14 @@ class Checkpointer:
             self._engine = self.settings.start()
         return self._engine
 
-    def _hand_over(self, job: Callable[[], None]) -> None:
+    def _start_worker(self) -> None:
         if self._worker is None:
-            self._worker = threading.Thread(target=_work, args=(self._jobs,), name="kenotron-checkpoint", daemon=True)
-            self._worker.start()
+            worker = threading.Thread(target=_work, args=(self._jobs,), name="kenotron-checkpoint", daemon=True)
+            worker.start()  # raises where the system allows no more threads: then there is none to wait for
+            self._worker = worker
+
+    def _hand_over(self, job: Callable[[], None]) -> None:
+        self._start_worker()
 
         def run() -> None:
             try:
