@@ -18,7 +18,6 @@ import time
 import uuid
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
 
 import torch.distributed as dist
 
@@ -169,10 +168,10 @@ def _offered(mark: str, host: str, port: int, timeout: timedelta) -> dist.Store 
         socket.create_connection((host, port), timeout=5.0).close()
     except OSError:
         return None
-    store: Any = _connected(host, port, timeout)
+    store = _connected(host, port, timeout)
     if store is None or not store.check([_OFFER]) or store.get(_OFFER).decode() != mark:
         return None
-    return store  # type: ignore[no-any-return]
+    return store
 
 
 def _take_place(store: dist.Store, rank: int, where: str) -> None:

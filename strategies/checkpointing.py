@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kenotron import checkpoint as checkpoints
 from kenotron.checkpoint import Checkpointer
+from kenotron.files import is_url
 from kenotron.strategies.settings import CheckpointSettings
 from kenotron.strategies.state import CheckpointState
 
@@ -26,10 +27,10 @@ def check_path(path: Any) -> None:
     Raises:
         ValueError: ``path`` is one.
     """
-    if "://" in str(path):
+    if path is not None and is_url(path):
         raise ValueError(
             f"Checkpoints are directories on a file system that all ranks see, and {path} is a URL. Mount it and give a path, "
-            "or use a CheckpointIO plugin."
+            "or use a CheckpointIO plugin. kenotron checkpoint fetch brings one that Upload has sent."
         )
 
 

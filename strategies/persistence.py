@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import contextlib
 import json
 import os
 import time
+from collections.abc import Mapping
+from typing import Any
 
 import torch.distributed as dist
 from torch.optim import Optimizer
@@ -17,7 +16,7 @@ from kenotron import checkpoint as checkpoints
 from kenotron.checkpoint import LocalTensor
 from kenotron.strategies import _lightning
 from kenotron.strategies.base import StrategyBase
-from kenotron.strategies.callback_paths import paths_of, take_paths
+from kenotron.strategies.callback_paths import forget_foreign_paths, paths_of, take_paths
 from kenotron.strategies.checkpointing import (
     LOADED_IN_PLACE,
     check_path,
@@ -159,7 +158,8 @@ class Persistence(StrategyBase):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if self._held_checkpointer is not None:
             self._held_checkpointer.wait()
-        check_path(checkpoint_path)
+        if not self._uses_foreign_io:
+            check_path(checkpoint_path)
         if self._nodes is not None:
             checkpoint_path = checkpoints.common_path(checkpoint_path, self._exchange)
         else:
@@ -172,6 +172,7 @@ class Persistence(StrategyBase):
                     f"{checkpoint_path} was not written by Kénotron: its weights, loops and schedulers are restored, its "
                     "optimizer state is not.",
                 )
+            self._forget_foreign_paths(loaded, checkpoint_path)
             return loaded
         if self._state is None:
             raise RuntimeError(
@@ -195,7 +196,20 @@ class Persistence(StrategyBase):
                 self._streams.load_state_dict(restored.rank_state["streams"])
         for guard, state in zip(self._guards.values(), restored.checkpoint.pop(_GUARDS, ()), strict=False):
             guard.load_state_dict(state)
+        self._forget_foreign_paths(restored.checkpoint, checkpoint_path)
         return restored.checkpoint
+
+    def _forget_foreign_paths(self, checkpoint: Mapping[str, Any], path: Any) -> None:
+        """Do not believe what a file says of other files: retention would remove them."""
+        callbacks = self._user_module.trainer.checkpoint_callbacks
+        folders = [folder for callback in callbacks if (folder := getattr(callback, "dirpath", None))]
+        foreign = forget_foreign_paths(checkpoint.get("callbacks") or {}, [*folders, os.path.dirname(os.path.abspath(path))])
+        if foreign:
+            _lightning.warn(
+                self.names,
+                f"{path} names as checkpoints of its run what lies elsewhere, or is none: {', '.join(foreign)[:300]}. They "
+                "are forgotten: they are neither removed nor loaded as the best one.",
+            )
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load a whole state dict, as another strategy saved it; a sharded checkpoint is in place already."""

@@ -22,7 +22,6 @@ import os
 import queue
 import threading
 import time
-import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -34,13 +33,14 @@ import torch
 from kenotron.callbacks_native import Engine, Snapshot
 from kenotron.checkpoint.engine import EngineSettings
 from kenotron.checkpoint.errors import CheckpointError, SaveFailedError
-from kenotron.checkpoint.format import LocalTensor, ShardLayout, unpublished
+from kenotron.checkpoint.format import LocalTensor, ShardLayout
 from kenotron.checkpoint.guard import OptimizerGuard
 from kenotron.checkpoint.manifest import is_checkpoint
 from kenotron.checkpoint.nodes import Nodes
+from kenotron.checkpoint.removal import check_place, remove_checkpoint
 from kenotron.checkpoint.save import Checksums, SaveAttempt, check_replaceable, remove_tree
 from kenotron.checkpoint.sources import Sources
-from kenotron.durable import copy_durably, fsync_directory
+from kenotron.durable import copy_durably
 
 #: How long an interpreter that ends without ``close`` waits for what is in flight.
 _EXIT_TIMEOUT_S = 600.0
@@ -225,6 +225,7 @@ class Checkpointer:
         self._not_removed: list[Exception] = []
         self._guard: OptimizerGuard | None = None
         self._num_fences = 0
+        self._folders: set[Path] = set()  # that this process has saved to
         atexit.register(_drain_at_exit, weakref.ref(self))
 
     def guard_optimizers(self) -> OptimizerGuard:
@@ -280,6 +281,7 @@ class Checkpointer:
             ended=ended,
         )
         self._start_worker()  # before anything is copied that a worker is to write
+        self._folders.add(attempt.path.parent.resolve())
         pending = PendingSave(attempt)
         head_start_s = _CALLS_OF_ALL_RANKS_S if world_size > 1 else 0.0
         refused: BaseException | None = None
@@ -352,6 +354,7 @@ class Checkpointer:
         target = Path(os.path.abspath(path))
 
         def run() -> None:
+            check_place(target, self._folders)
             self._kept.append(target)
             self._remove_kept()
 
@@ -457,19 +460,6 @@ class Checkpointer:
                 remove_checkpoint(path)
             except OSError as error:
                 self._not_removed.append(error)
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint in one step: a crash leaves none that is half there. Other files and folders go as well."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-        return
-    if not path.exists():
-        return
-    aside = unpublished(path, uuid.uuid4().hex, "removed")
-    os.rename(path, aside)
-    fsync_directory(path.parent)
-    remove_tree(aside)
 
 
 def _telling(pending: PendingSave) -> BaseException:

@@ -31,6 +31,7 @@ from kenotron.checkpoint.errors import CoverageError, RanksMissingError, SaveFai
 from kenotron.checkpoint.format import MANIFEST, unpublished, unpublished_name
 from kenotron.checkpoint.manifest import head
 from kenotron.durable import make_directories, write_durably
+from kenotron.files import NotAFileError, read_regular
 
 CONTROL = "control"
 _LOCK = "lock"
@@ -155,7 +156,7 @@ class Meeting:
     def wait_for_reports(self) -> list[dict[str, Any]]:
         """Return the reports of all ranks, in their order; ``RanksMissingError`` when the time is up."""
         self.wait_until(lambda: not self._missing("report"), self._timeout_s, self._who_is_late)
-        return [json.loads(file.read_bytes()) for file in sorted(self._control.glob("report-*.json"))]
+        return [json.loads(read_regular(file)) for file in sorted(self._control.glob("report-*.json"))]
 
     def decide_to_publish(self) -> None:
         """Close the save to failures of other ranks; raise the one that came first, if one did."""
@@ -313,9 +314,8 @@ class Meeting:
     def _published_by_rank_0(self) -> bool:
         start = head(self._save_id)
         try:
-            with open(self.path / MANIFEST, "rb") as file:
-                return file.read(len(start)) == start
-        except (FileNotFoundError, NotADirectoryError):
+            return read_regular(self.path / MANIFEST, len(start)) == start
+        except (FileNotFoundError, NotADirectoryError, NotAFileError):
             return False
 
     def _decide(self, verdict: dict[str, str]) -> dict[str, str]:
@@ -335,7 +335,7 @@ class Meeting:
 
     def _read_verdict(self) -> dict[str, str] | None:
         try:
-            verdict: dict[str, str] = json.loads((self._control / _VERDICT).read_bytes())
+            verdict: dict[str, str] = json.loads(read_regular(self._control / _VERDICT))
         except (FileNotFoundError, NotADirectoryError):
             return None
         return verdict
@@ -362,7 +362,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
 def is_dead(leftover: Path) -> bool:
     """Tell whether no living process holds an unpublished directory."""
     try:
-        descriptor = os.open(leftover / CONTROL / _LOCK, os.O_WRONLY | os.O_CLOEXEC)
+        descriptor = os.open(leftover / CONTROL / _LOCK, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return True
     except OSError:  # somebody else's, or a file system that is read-only: it could not be removed either

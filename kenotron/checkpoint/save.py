@@ -49,6 +49,7 @@ from kenotron.checkpoint.reports import describe_shard, merge
 from kenotron.checkpoint.values import Attachments, encode
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
 from kenotron.durable import fsync_directory, put_in_place, write_durably
+from kenotron.files import local_path
 
 #: Of each entry of a shard the CRC-32C of each of its chunks.
 Checksums = Sequence[Sequence[int]]
@@ -138,7 +139,7 @@ class SaveAttempt:
         nodes: Nodes | None,
         ended: Callable[[], Collection[int]] = tuple,
     ) -> None:
-        self.path = Path(os.path.abspath(path))
+        self.path = Path(os.path.abspath(local_path(path, "The checkpoint")))
         ranks = range(world_size) if nodes is None else nodes.ranks
         _check_arguments(self.path, rank, world_size, save_id, ranks)
         self._rank, self._world_size, self.save_id = rank, world_size, save_id
