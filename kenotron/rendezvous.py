@@ -31,14 +31,12 @@ _TELL_AFTER_S = 60.0
 _LOG = logging.getLogger(__name__)
 
 
-def open_store(
-    address: str, port: int, *, rank: int, world_size: int, timeout: timedelta, is_agents: bool = False
-) -> dist.Store:
+def open_store(address: str, port: int, *, rank: int, timeout: timedelta, is_agents: bool = False) -> dist.Store:
     """Return the store of this job, connected; all ranks call it.
 
     Args:
         address, port: where rank 0 is to serve. is_agents: torchrun's agent serves a store there already.
-        rank, world_size: of this process.
+        rank: of this process.
         timeout: how long a request to the store may wait.
 
     Raises:

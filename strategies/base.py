@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from kenotron.checkpoint import Checkpointer, Nodes
+from kenotron.checkpoint import Checkpointer, FolderClaim, Nodes
 from kenotron.layout import ParallelLayout
 from kenotron.parallel.apply import Parallelized
 from kenotron.parallel.random import OwnStream, RandomStreams
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
+from kenotron.strategies.environments import find_mpi
 from kenotron.strategies.guard import StepGuard
 from kenotron.strategies.loss import TokenCount
 from kenotron.strategies.settings import CheckpointSettings
@@ -38,6 +39,7 @@ class StrategyBase(_LightningStrategy):
     _checkpoint_settings: CheckpointSettings
     _held_checkpointer: Checkpointer | None
     _nodes: Nodes | None
+    _claims: list[FolderClaim]
     _mesh: DeviceMesh | None
     _dp_group: dist.ProcessGroup
     _host_pp_group: dist.ProcessGroup
@@ -60,6 +62,17 @@ class StrategyBase(_LightningStrategy):
     def _user_module(self) -> Any:
         assert self.lightning_module is not None
         return self.lightning_module
+
+    @property
+    def cluster_environment(self) -> Any:
+        """Who started the processes, and who this one is."""
+        return self._cluster_environment
+
+    @cluster_environment.setter
+    def cluster_environment(self, environment: Any) -> None:
+        # Lightning knows mpirun by mpi4py alone; in SLURM's jobs each process would take itself for the script's rank 0.
+        is_guess = type(environment).__name__ in ("LightningEnvironment", "SLURMEnvironment")
+        self._cluster_environment = (find_mpi() or environment) if is_guess else environment
 
     @property
     def layout(self) -> ParallelLayout:

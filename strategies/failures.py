@@ -36,7 +36,12 @@ class Failures(StrategyBase):
             store = default_store()
         else:
             agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            store = open_store(address, port, rank=rank, world_size=size, timeout=settings.timeout, is_agents=agents)
+            try:
+                store = open_store(address, port, rank=rank, timeout=settings.timeout, is_agents=agents)
+            except Exception:
+                if isinstance(self.launcher, self.names.SubprocessScriptLauncher):
+                    self.launcher.kill(signal.SIGKILL)  # the processes that it has started would look for this one
+                raise
             options["store"] = store
         host = address_towards(address, port)
         self._monitor = RankMonitor(store, rank, size, str(next(_monitors)), host, before_exit=self._finish_publishing)
@@ -109,6 +114,9 @@ class Failures(StrategyBase):
         if self._monitor is not None:
             self._monitor.close()
             self._last_monitor, self._monitor = self._monitor, None  # a save after fit still asks it who lives
+        for claim in self._claims:
+            claim.release()
+        self._claims = []
         if self.cluster_environment is not None:
             self.cluster_environment.teardown()
         self.precision_plugin.teardown()
@@ -132,6 +140,7 @@ class Failures(StrategyBase):
         state: dict[str, Any] = dict(super().__getstate__())
         for name in _NOT_PICKLED:
             state[name] = None
+        state["_claims"] = []
         return state
 
 

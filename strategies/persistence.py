@@ -7,13 +7,14 @@ import json
 import os
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.optim import Optimizer
 
 from kenotron import checkpoint as checkpoints
-from kenotron.checkpoint import LocalTensor
+from kenotron.checkpoint import FolderClaim, LocalTensor
 from kenotron.strategies import _lightning
 from kenotron.strategies.base import StrategyBase
 from kenotron.strategies.callback_paths import forget_foreign_paths, paths_of, take_paths
@@ -117,6 +118,17 @@ class Persistence(StrategyBase):
             return str(self._announcements.get(key).decode())
         except RuntimeError:  # the store is gone, and rank 0 with it
             return None
+
+    def _claim(self, folder: Path) -> None:
+        """Tell the user where another run writes to the same folder at this moment: each removes what it takes for its own."""
+        claim = FolderClaim(folder)
+        if claim.is_shared:
+            _lightning.warn(
+                self.names,
+                f"Another run writes checkpoints to {folder} at this moment. Each removes and replaces what the other saves under "
+                "the same names, and resumes from it: give each a folder of its own.",
+            )
+        self._claims.append(claim)
 
     def _rest(self) -> None:
         """Outside of ``fit`` and its like nothing ends threads later: so let them end now."""

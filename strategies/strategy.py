@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
-from kenotron.checkpoint import Checkpointer, Nodes, check_sharing, recover, remove_leftovers
+from kenotron.checkpoint import Checkpointer, FolderClaim, Nodes, check_sharing, recover, remove_leftovers
 from kenotron.layout import ParallelLayout, ZeroStage
 from kenotron.optim.offload import HostState
 from kenotron.optim.placement import Placement, ShardAware, check_optimizer
@@ -170,6 +170,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._checkpoint_settings = checkpoint or CheckpointSettings()
         self._held_checkpointer: Checkpointer | None = None
         self._nodes: Nodes | None = None
+        self._claims: list[FolderClaim] = []
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -371,6 +372,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
                 _lightning.warn(self.names, f"Published {restored}, as on the other nodes: the run before died over it.")
             if not self.leads_checkpoints:
                 continue
+            self._claim(folder)
             for leftover in remove_leftovers(folder):
                 _lightning.warn(self.names, f"Removed {leftover}: a save that died before it was published.")
 
