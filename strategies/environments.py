@@ -52,8 +52,8 @@ class MPIProcesses:
         self._place = place
         if place.rank % place.local_size != place.local_rank:
             raise ValueError(
-                f"mpirun made rank {place.rank} the {place.local_rank}. of {place.local_size} on its node: neighbouring ranks must "
-                "share a node. Start with mpirun --map-by slot (Hydra: without -rr), as many processes on each."
+                f"mpirun made rank {place.rank} number {place.local_rank} of {place.local_size} on its node: neighbouring "
+                "ranks must share a node. Start with mpirun --map-by slot (Hydra: without -rr), as many processes on each."
             )
         address, port = environ.get("MASTER_ADDR"), environ.get("MASTER_PORT")
         if place.size > place.local_size and not (address and port):

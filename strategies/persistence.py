@@ -125,8 +125,8 @@ class Persistence(StrategyBase):
         if claim.is_shared:
             _lightning.warn(
                 self.names,
-                f"Another run writes checkpoints to {folder} at this moment. Each removes and replaces what the other saves under "
-                "the same names, and resumes from it: give each a folder of its own.",
+                f"Another run writes checkpoints to {folder} at this moment. Each removes and replaces what the other saves "
+                "under the same names, and resumes from it: give each a folder of its own.",
             )
         self._claims.append(claim)
 

@@ -44,7 +44,7 @@ _LONGEST_PAUSE_S = 0.1
 #: Of the time since the save began: nobody learns of another rank's part much later than it could.
 _LONGEST_PAUSE_SHARE = 0.02
 #: A process that has ended may have published before, which a network file system shows a little later.
-_GRACE_S = 3.0
+_GRACE_S = 1.5
 
 
 class FolderLock:
