@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from kenotron.checkpoint import Checkpointer, Nodes
+from kenotron.checkpoint import Checkpointer, FolderClaim, Nodes
 from kenotron.layout import ParallelLayout
 from kenotron.optim.zero import ShardedUpdate
 from kenotron.parallel.apply import Parallelized
 from kenotron.parallel.random import OwnStream, RandomStreams
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
+from kenotron.strategies.environments import find_mpi
 from kenotron.strategies.guard import StepGuard
 from kenotron.strategies.loss import TokenCount
 from kenotron.strategies.settings import CheckpointSettings
@@ -39,10 +40,13 @@ class StrategyBase(_LightningStrategy):
     _checkpoint_settings: CheckpointSettings
     _held_checkpointer: Checkpointer | None
     _nodes: Nodes | None
+    _claims: list[FolderClaim]
     _mesh: DeviceMesh | None
     _dp_group: dist.ProcessGroup
     _host_pp_group: dist.ProcessGroup
     _monitor: RankMonitor | None
+    _last_monitor: RankMonitor | None
+    _announcements: dist.Store | None
     _done: Parallelized | None
     _steps: PipelineSteps | None
     _state: CheckpointState | None
@@ -60,6 +64,17 @@ class StrategyBase(_LightningStrategy):
     def _user_module(self) -> Any:
         assert self.lightning_module is not None
         return self.lightning_module
+
+    @property
+    def cluster_environment(self) -> Any:
+        """Who started the processes, and who this one is."""
+        return self._cluster_environment
+
+    @cluster_environment.setter
+    def cluster_environment(self, environment: Any) -> None:
+        # Lightning knows mpirun by mpi4py alone; in SLURM's jobs each process would take itself for the script's rank 0.
+        is_guess = type(environment).__name__ in ("LightningEnvironment", "SLURMEnvironment")
+        self._cluster_environment = (find_mpi() or environment) if is_guess else environment
 
     @property
     def layout(self) -> ParallelLayout:
@@ -127,6 +142,11 @@ class StrategyBase(_LightningStrategy):
         module = self._lightning_module
         trainer = getattr(module, "_trainer", None) if module is not None else None
         return trainer is not None and trainer.state.status == "interrupted"
+
+    def _ended_ranks(self) -> set[int]:
+        """Return the ranks whose processes are gone, as far as this one knows."""
+        monitor = self._monitor or self._last_monitor
+        return set() if monitor is None else monitor.ended()
 
     @property
     def _uses_foreign_io(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kenotron import checkpoint as checkpoints
 from kenotron.checkpoint import Checkpointer
+from kenotron.files import is_url
 from kenotron.strategies.settings import CheckpointSettings
 from kenotron.strategies.state import CheckpointState
 
@@ -26,10 +27,10 @@ def check_path(path: Any) -> None:
     Raises:
         ValueError: ``path`` is one.
     """
-    if "://" in str(path):
+    if path is not None and is_url(path):
         raise ValueError(
             f"Checkpoints are directories on a file system that all ranks see, and {path} is a URL. Mount it and give a path, "
-            "or use a CheckpointIO plugin."
+            "or use a CheckpointIO plugin. kenotron checkpoint fetch brings one that Upload has sent."
         )
 
 
@@ -46,12 +47,14 @@ def save_training(
     nodes: checkpoints.Nodes | None,
     rank_state: Mapping[str, Any],
     handling_exception: bool,
+    ended: Callable[[], Collection[int]],
 ) -> None:
     """Begin to write Lightning's ``checkpoint`` and this rank's tensors; all ranks call it.
 
     Args:
         nodes: where these share no file system.
         handling_exception: other ranks may be gone, so they are not waited for for long.
+        ended: tells which ranks' processes are gone.
     """
     values = dict(checkpoint)
     module_state = values.pop("state_dict", {})
@@ -81,6 +84,7 @@ def save_training(
         timeout_s=settings.timeout_s,
         aliases=state.aliases(),
         nodes=nodes,
+        ended=ended,
         start_timeout_s=settings.exception_timeout_s if handling_exception and world_size > 1 else None,
     )
 

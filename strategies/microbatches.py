@@ -33,8 +33,8 @@ def count_samples(batch: Any, loaders: Any, *, may_be_short: bool) -> Any:
         pairs = list(loaders.items()) if isinstance(loaders, Mapping) else list(enumerate(loaders))
         if type(loaders) is not type(batch) or len(batch) != len(pairs):
             raise ValueError(
-                f"pp > 1: the batch is a {type(batch).__name__}, but comes from a {type(loaders).__name__} of {len(pairs)} data "
-                f"loaders, so it is not known what is split into microbatches. {_REMEDY}"
+                f"pp > 1: the batch is a {type(batch).__name__}, but comes from a {type(loaders).__name__} of {len(pairs)} "
+                f"data loaders, so it is not known what is split into microbatches. {_REMEDY}"
             )
         # The shorter of several loaders starts over, or ends, somewhere in an epoch.
         found = {key: count_samples(batch[key], each, may_be_short=True) for key, each in pairs}

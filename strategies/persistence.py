@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch.optim import Optimizer
 
 from kenotron import checkpoint as checkpoints
-from kenotron.checkpoint import LocalTensor
+from kenotron.checkpoint import FolderClaim, LocalTensor
 from kenotron.strategies import _lightning
 from kenotron.strategies.base import StrategyBase
+from kenotron.strategies.callback_paths import forget_foreign_paths, paths_of, take_paths
 from kenotron.strategies.checkpointing import (
     LOADED_IN_PLACE,
     check_path,
@@ -51,6 +57,7 @@ class Persistence(StrategyBase):
             return
         if storage_options is not None:
             raise ValueError("storage_options belong to a CheckpointIO plugin; KenotronStrategy writes files itself.")
+        filepath = self._path_of_rank_0(filepath, save_id := self._next_save_id())
         check_path(filepath)
         checkpointer = self.checkpointer
         if self._guards:
@@ -62,14 +69,71 @@ class Persistence(StrategyBase):
             self._state,
             rank=self.global_rank,
             world_size=self.world_size,
-            save_id=self._next_save_id(),
+            save_id=save_id,
             settings=self._checkpoint_settings,
             nodes=self._nodes,
             handling_exception=self._is_failing,
+            ended=self._ended_ranks,
             rank_state={"random": random_state(self.root_device), "streams": self._streams_state()},
         )
         if not (self._checkpoint_settings.asynchronous and checkpointer.is_training) or self._links_to_last():
             checkpointer.wait()
+        self._rest()
+
+    def _path_of_rank_0(self, path: Any, save_id: str) -> str:
+        """Return where rank 0 saves: callbacks of other ranks may name a file after a value that each rank has for itself.
+
+        Through the store, without a collective: where an error is handled ranks may be missing. The callbacks of this rank
+        then hold rank 0's paths as well.
+        """
+        own = os.path.abspath(path) if "://" not in str(path) else str(path)
+        if self._announcements is None:
+            return own
+        callbacks = self._user_module.trainer.checkpoint_callbacks
+        if self.is_global_zero:
+            told = json.dumps([own, [paths_of(callback) for callback in callbacks]])
+            with contextlib.suppress(RuntimeError):  # a store that is gone: so are those who would ask it
+                self._announcements.set(save_id, told)
+            return own
+        limit_s = self._checkpoint_settings.exception_timeout_s if self._is_failing else self._checkpoint_settings.timeout_s
+        told = self._announced(save_id, limit_s)
+        if told is None:
+            return own
+        first, paths = json.loads(told)
+        for callback, theirs in zip(callbacks, paths, strict=False):
+            take_paths(callback, theirs)
+        return str(first)
+
+    def _announced(self, key: str, limit_s: float) -> str | None:
+        """Return what rank 0 has announced; ``None`` where it does not come to it: then saving fails, and tells why."""
+        assert self._announcements is not None
+        began, pause_s = time.monotonic(), 0.0002
+        try:
+            while not self._announcements.check([key]):
+                failure = None if self._monitor is None else self._monitor.failure
+                if time.monotonic() - began > limit_s or 0 in self._ended_ranks() or (failure and not self._is_failing):
+                    return None
+                time.sleep(pause_s)
+                pause_s = min(2 * pause_s, 0.05)
+            return str(self._announcements.get(key).decode())
+        except RuntimeError:  # the store is gone, and rank 0 with it
+            return None
+
+    def _claim(self, folder: Path) -> None:
+        """Tell the user where another run writes to the same folder at this moment: each removes what it takes for its own."""
+        claim = FolderClaim(folder)
+        if claim.is_shared:
+            _lightning.warn(
+                self.names,
+                f"Another run writes checkpoints to {folder} at this moment. Each removes and replaces what the other saves "
+                "under the same names, and resumes from it: give each a folder of its own.",
+            )
+        self._claims.append(claim)
+
+    def _rest(self) -> None:
+        """Outside of ``fit`` and its like nothing ends threads later: so let them end now."""
+        if self._user_module.trainer.state.status != "running" and not self.checkpointer.is_training:
+            self.checkpointer.close()
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint, once one that was begun later is published."""
@@ -79,6 +143,7 @@ class Persistence(StrategyBase):
             self.checkpointer.remove(filepath)
             if not self.checkpointer.is_training:
                 self.checkpointer.wait()
+                self._rest()
 
     @property
     def leads_checkpoints(self) -> bool:
@@ -105,8 +170,12 @@ class Persistence(StrategyBase):
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
         if self._held_checkpointer is not None:
             self._held_checkpointer.wait()
+        if not self._uses_foreign_io:
+            check_path(checkpoint_path)
         if self._nodes is not None:
             checkpoint_path = checkpoints.common_path(checkpoint_path, self._exchange)
+        else:
+            checkpoint_path = self.broadcast(checkpoint_path)
         if self._uses_foreign_io or not checkpoints.is_checkpoint(checkpoint_path):
             loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
             if loaded.get("optimizer_states") and self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING:
@@ -115,6 +184,7 @@ class Persistence(StrategyBase):
                     f"{checkpoint_path} was not written by Kénotron: its weights, loops and schedulers are restored, its "
                     "optimizer state is not.",
                 )
+            self._forget_foreign_paths(loaded, checkpoint_path)
             return loaded
         if self._state is None:
             raise RuntimeError(
@@ -138,7 +208,20 @@ class Persistence(StrategyBase):
                 self._streams.load_state_dict(restored.rank_state["streams"])
         for guard, state in zip(self._guards.values(), restored.checkpoint.pop(_GUARDS, ()), strict=False):
             guard.load_state_dict(state)
+        self._forget_foreign_paths(restored.checkpoint, checkpoint_path)
         return restored.checkpoint
+
+    def _forget_foreign_paths(self, checkpoint: Mapping[str, Any], path: Any) -> None:
+        """Do not believe what a file says of other files: retention would remove them."""
+        callbacks = self._user_module.trainer.checkpoint_callbacks
+        folders = [folder for callback in callbacks if (folder := getattr(callback, "dirpath", None))]
+        foreign = forget_foreign_paths(checkpoint.get("callbacks") or {}, [*folders, os.path.dirname(os.path.abspath(path))])
+        if foreign:
+            _lightning.warn(
+                self.names,
+                f"{path} names as checkpoints of its run what lies elsewhere, or is none: {', '.join(foreign)[:300]}. They "
+                "are forgotten: they are neither removed nor loaded as the best one.",
+            )
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         """Load a whole state dict, as another strategy saved it; a sharded checkpoint is in place already."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import uuid
 import warnings
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
-from kenotron.checkpoint import Checkpointer, Nodes, check_sharing, recover, remove_leftovers
+from kenotron.checkpoint import Checkpointer, FolderClaim, Nodes, check_sharing, recover, remove_leftovers
 from kenotron.layout import ParallelLayout, ZeroStage
 from kenotron.optim.offload import HostState
 from kenotron.optim.placement import Placement, ShardAware, check_optimizer
@@ -58,8 +57,6 @@ from kenotron.strategies.training import Training
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-_monitors = itertools.count()
 
 #: Hooks that may use what steps collected, and so have it on the last pipeline stage alone.
 _HOOKS_WITH_RESULTS = tuple(
@@ -174,6 +171,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._checkpoint_settings = checkpoint or CheckpointSettings()
         self._held_checkpointer: Checkpointer | None = None
         self._nodes: Nodes | None = None
+        self._claims: list[FolderClaim] = []
         super().__init__(
             accelerator=accelerator,
             parallel_devices=parallel_devices,
@@ -186,6 +184,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._mesh: DeviceMesh | None = None
         self._expert_mesh: DeviceMesh | None = None
         self._monitor: RankMonitor | None = None
+        self._last_monitor: RankMonitor | None = None
+        self._announcements: dist.Store | None = None
         self._done: Parallelized | None = None
         self._steps: PipelineSteps | None = None
         self._state: CheckpointState | None = None
@@ -210,8 +210,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._seed = torch.initial_seed() % 2**31
         settings = self._group_settings
         if self.world_size > 1:
-            backend = settings.backend or self.names.backend_for_device(self.root_device)
-            self.names.init_dist_connection(self.cluster_environment, backend, timeout=settings.timeout)
+            self._meet_ranks(settings)
         if self._auto:
             self._ask_planner()
         if self.world_size == 1:
@@ -223,9 +222,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
                 self._expert_mesh = self._layout.expert_mesh(self.root_device.type, settings.timeout)
             self._dp_group = flatten(self._mesh, "dp_replicate", "dp_shard", name="dp").get_group()
             self._host_pp_group = self._host_group()
-        store = default_store()
-        self._nodes = self._find_nodes(store)
-        self._monitor = RankMonitor(store, self.global_rank, self.world_size, name=str(next(_monitors)))
+        self._nodes = self._find_nodes(default_store())
         _lightning.set_device_mesh(self._user_module, self._mesh)
         self._agree_on_seed()
 
@@ -417,6 +414,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
                 _lightning.warn(self.names, f"Published {restored}, as on the other nodes: the run before died over it.")
             if not self.leads_checkpoints:
                 continue
+            self._claim(folder)
             for leftover in remove_leftovers(folder):
                 _lightning.warn(self.names, f"Removed {leftover}: a save that died before it was published.")
 

@@ -48,7 +48,7 @@ class Training(Failures):
                 return self._pipelined_training_step(*args, *kwargs.values())
             return self._plain_training_step(*args, **kwargs)
         except Exception as error:
-            raise self._explain(error) from error.__cause__
+            self._raise_explained(error)
 
     def _plain_training_step(self, *args: Any, **kwargs: Any) -> Any:
         module, done = self._user_module, self._done
@@ -261,7 +261,7 @@ class Training(Failures):
             with context():
                 return self._done.enclose(lambda: step(*args, **kwargs))
         except Exception as error:
-            raise self._explain(error) from error.__cause__
+            self._raise_explained(error)
         finally:
             self._reshard()
 

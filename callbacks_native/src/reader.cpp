@@ -28,6 +28,7 @@
 #include <optional>
 #include <system_error>
 #include <thread>
+#include <utility>
 #include <tuple>
 #include <utility>
 
@@ -56,9 +57,16 @@ class Descriptor {
 public:
     Descriptor(const std::string& path, int flags) {
         do {
-            number_ = ::open(path.c_str(), flags | O_RDONLY | O_CLOEXEC);
+            number_ = ::open(path.c_str(), flags | O_RDONLY | O_CLOEXEC | O_NONBLOCK);  // a FIFO would be waited for
         } while (number_ < 0 && errno == EINTR);
-        if (number_ < 0) code_ = errno;
+        if (number_ < 0) {
+            code_ = errno;
+            return;
+        }
+        struct stat found {};
+        if (::fstat(number_, &found) == 0 && S_ISREG(found.st_mode)) return;
+        code_ = EINVAL;
+        ::close(std::exchange(number_, -1));
     }
     ~Descriptor() {
         if (number_ >= 0) ::close(number_);

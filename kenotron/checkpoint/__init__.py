@@ -1,6 +1,7 @@
 """Sharded checkpoints: saved on any layout, published by one rename, checked byte for byte, loaded on any layout."""
 
 from kenotron.checkpoint.asynchronous import Checkpointer, PendingSave
+from kenotron.checkpoint.claim import FolderClaim
 from kenotron.checkpoint.engine import EngineSettings
 from kenotron.checkpoint.errors import (
     CheckpointError,
@@ -53,6 +54,7 @@ __all__ = [
     "FileMissingError",
     "FileReport",
     "FileSizeError",
+    "FolderClaim",
     "LocalTensor",
     "Manifest",
     "ManifestDamagedError",

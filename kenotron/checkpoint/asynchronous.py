@@ -22,10 +22,9 @@ import os
 import queue
 import threading
 import time
-import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,13 +33,14 @@ import torch
 from kenotron.callbacks_native import Engine, Snapshot
 from kenotron.checkpoint.engine import EngineSettings
 from kenotron.checkpoint.errors import CheckpointError, SaveFailedError
-from kenotron.checkpoint.format import LocalTensor, ShardLayout, unpublished
+from kenotron.checkpoint.format import LocalTensor, ShardLayout
 from kenotron.checkpoint.guard import OptimizerGuard
 from kenotron.checkpoint.manifest import is_checkpoint
 from kenotron.checkpoint.nodes import Nodes
+from kenotron.checkpoint.removal import check_place, remove_checkpoint
 from kenotron.checkpoint.save import Checksums, SaveAttempt, check_replaceable, remove_tree
 from kenotron.checkpoint.sources import Sources
-from kenotron.durable import copy_durably, fsync_directory
+from kenotron.durable import copy_durably
 
 #: How long an interpreter that ends without ``close`` waits for what is in flight.
 _EXIT_TIMEOUT_S = 600.0
@@ -225,6 +225,7 @@ class Checkpointer:
         self._not_removed: list[Exception] = []
         self._guard: OptimizerGuard | None = None
         self._num_fences = 0
+        self._folders: set[Path] = set()  # that this process has saved to
         atexit.register(_drain_at_exit, weakref.ref(self))
 
     def guard_optimizers(self) -> OptimizerGuard:
@@ -253,6 +254,7 @@ class Checkpointer:
         aliases: Mapping[str, str] | None = None,
         nodes: Nodes | None = None,
         is_lazy: Callable[[torch.Tensor], bool] = lambda tensor: False,
+        ended: Callable[[], Collection[int]] = tuple,
     ) -> PendingSave:
         """Begin to save together with the other ranks, and return.
 
@@ -276,7 +278,10 @@ class Checkpointer:
             start_timeout_s=start_timeout_s,
             aliases=aliases,
             nodes=nodes,
+            ended=ended,
         )
+        self._start_worker()  # before anything is copied that a worker is to write
+        self._folders.add(attempt.path.parent.resolve())
         pending = PendingSave(attempt)
         head_start_s = _CALLS_OF_ALL_RANKS_S if world_size > 1 else 0.0
         refused: BaseException | None = None
@@ -349,6 +354,7 @@ class Checkpointer:
         target = Path(os.path.abspath(path))
 
         def run() -> None:
+            check_place(target, self._folders)
             self._kept.append(target)
             self._remove_kept()
 
@@ -362,6 +368,13 @@ class Checkpointer:
         """
         self._drain()
         self._tell_errors()
+
+    def finish_within(self, timeout_s: float) -> None:
+        """Give saves that have been copied some time to come to their end; from any thread, and without an error."""
+        if self._worker is not None:
+            reached = threading.Event()
+            self._jobs.put(reached.set)
+            reached.wait(timeout_s)
 
     def close(self, *, others_timeout_s: float | None = None) -> None:
         """Wait, and stop all threads. The next save starts them again.
@@ -400,10 +413,14 @@ class Checkpointer:
             self._engine = self.settings.start()
         return self._engine
 
-    def _hand_over(self, job: Callable[[], None]) -> None:
+    def _start_worker(self) -> None:
         if self._worker is None:
-            self._worker = threading.Thread(target=_work, args=(self._jobs,), name="kenotron-checkpoint", daemon=True)
-            self._worker.start()
+            worker = threading.Thread(target=_work, args=(self._jobs,), name="kenotron-checkpoint", daemon=True)
+            worker.start()  # raises where the system allows no more threads: then there is none to wait for
+            self._worker = worker
+
+    def _hand_over(self, job: Callable[[], None]) -> None:
+        self._start_worker()
 
         def run() -> None:
             try:
@@ -443,19 +460,6 @@ class Checkpointer:
                 remove_checkpoint(path)
             except OSError as error:
                 self._not_removed.append(error)
-
-
-def remove_checkpoint(path: Path) -> None:
-    """Remove a checkpoint in one step: a crash leaves none that is half there. Other files and folders go as well."""
-    if path.is_symlink() or path.is_file():
-        path.unlink()
-        return
-    if not path.exists():
-        return
-    aside = unpublished(path, uuid.uuid4().hex, "removed")
-    os.rename(path, aside)
-    fsync_directory(path.parent)
-    remove_tree(aside)
 
 
 def _telling(pending: PendingSave) -> BaseException:

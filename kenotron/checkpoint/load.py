@@ -37,6 +37,7 @@ from kenotron.checkpoint.errors import (
 from kenotron.checkpoint.format import CHUNK_BYTES, RESERVED_PREFIXES, LocalTensor, box_of
 from kenotron.checkpoint.manifest import Manifest, NodePart, StoredPiece, check_file_size, read_manifest
 from kenotron.checkpoint.values import decode
+from kenotron.files import read_regular
 
 Source = str | os.PathLike[str] | Manifest
 
@@ -135,7 +136,7 @@ def _decode(manifest: Manifest, node: Any, tensor_prefix: str, allow_pickle: boo
         if file not in manifest.files:
             raise KeyError(f"the file {file!r} is not listed")
         check_file_size(manifest.path / file, manifest.files[file])
-        return (manifest.path / file).read_bytes()
+        return read_regular(manifest.path / file)
 
     return decode(node, tensors.__getitem__, read_pickle, allow_pickle=allow_pickle)
 

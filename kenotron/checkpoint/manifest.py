@@ -33,6 +33,7 @@ from kenotron.checkpoint.errors import (
     VersionTooNewError,
 )
 from kenotron.checkpoint.format import CHUNK_BYTES, DTYPE_NAMES, DTYPES, FORMAT, MANIFEST, VERSION, unpublished_name
+from kenotron.files import NotAFileError, open_regular, read_regular
 
 _FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,254}")
 _SEAL = re.compile(rb',"crc32c":"([0-9a-f]{8})"\}\n')
@@ -210,9 +211,9 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     directory = Path(path).resolve()
     start = f'{{"format":"{FORMAT}",'.encode()
     try:
-        with open(directory / MANIFEST, "rb") as file:
+        with open_regular(directory / MANIFEST) as file:
             return unpublished_name(directory.name) is None and file.read(len(start)) == start
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, NotAFileError):
         return False
 
 
@@ -222,8 +223,10 @@ def check_torch_file(path: str | os.PathLike[str]) -> None:
         return
     if Path(path).is_dir():
         _check_published(Path(path))
-    with open(path, "rb") as file:
-        start = file.read(4)
+    try:
+        start = read_regular(path, 4)
+    except NotAFileError:
+        raise NotACheckpointError(f"{path} is not a checkpoint: it is no regular file") from None
     if start != b"PK\x03\x04" and start[:1] != b"\x80":  # an archive; before torch 1.6 pickles
         raise NotACheckpointError(f"{path} is not a checkpoint: neither a directory of this format nor a file of torch.save's")
 
@@ -244,7 +247,7 @@ def read_manifest(path: str | os.PathLike[str], *, check_files: bool = True) -> 
     """
     directory = Path(path)
     _check_published(directory)
-    manifest = parse_manifest((directory / MANIFEST).read_bytes(), directory)
+    manifest = parse_manifest(read_regular(directory / MANIFEST), directory)
     if check_files:
         for name, num_bytes in manifest.files.items():
             check_file_size(directory / name, num_bytes)

@@ -23,7 +23,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,7 @@ from kenotron.checkpoint.errors import CoverageError, RanksMissingError, SaveFai
 from kenotron.checkpoint.format import MANIFEST, unpublished, unpublished_name
 from kenotron.checkpoint.manifest import head
 from kenotron.durable import make_directories, write_durably
+from kenotron.files import NotAFileError, read_regular
 
 CONTROL = "control"
 _LOCK = "lock"
@@ -42,6 +43,8 @@ _SHORTEST_PAUSE_S = 0.001
 _LONGEST_PAUSE_S = 0.1
 #: Of the time since the save began: nobody learns of another rank's part much later than it could.
 _LONGEST_PAUSE_SHARE = 0.02
+#: A process that has ended may have published before, which a network file system shows a little later.
+_GRACE_S = 1.5
 
 
 class FolderLock:
@@ -85,6 +88,7 @@ class Meeting:
         timeout_s: how long the whole save may take, from now on.
         start_timeout_s: how long it may take until all ranks have begun; None not to wait for that.
         may_be_taken_back: the leader may undo the publication, until it has cleared the control files.
+        ended: tells which ranks' processes are gone, where that is known.
     """
 
     def __init__(
@@ -97,8 +101,10 @@ class Meeting:
         timeout_s: float,
         start_timeout_s: float | None,
         may_be_taken_back: bool = False,
+        ended: Callable[[], Collection[int]] = tuple,
     ) -> None:
         self.path = path
+        self._ended = ended
         self.folder = unpublished(path, save_id)
         self._control = self.folder / CONTROL
         self._save_id = save_id
@@ -150,7 +156,7 @@ class Meeting:
     def wait_for_reports(self) -> list[dict[str, Any]]:
         """Return the reports of all ranks, in their order; ``RanksMissingError`` when the time is up."""
         self.wait_until(lambda: not self._missing("report"), self._timeout_s, self._who_is_late)
-        return [json.loads(file.read_bytes()) for file in sorted(self._control.glob("report-*.json"))]
+        return [json.loads(read_regular(file)) for file in sorted(self._control.glob("report-*.json"))]
 
     def decide_to_publish(self) -> None:
         """Close the save to failures of other ranks; raise the one that came first, if one did."""
@@ -244,7 +250,7 @@ class Meeting:
         within_s = self._timeout_s if within_s is None else within_s
         own_part_s = time.monotonic() - self._start
         began, deadline, pause = time.monotonic(), self._start + within_s, _SHORTEST_PAUSE_S
-        is_extended = False
+        is_extended, alone_since = False, math.inf
         while not is_done():
             verdict = self._read_verdict()
             raise_failure(verdict)
@@ -254,6 +260,9 @@ class Meeting:
                     f"another save to the same path has begun, or they were removed"
                 )
             now = time.monotonic()
+            alone_since = min(alone_since, now) if (gone := self._gone()) else math.inf
+            if now >= alone_since + _GRACE_S:
+                raise RanksMissingError(f"saving {self.path} was given up: the processes of the ranks {gone} have ended")
             if now >= min(deadline, max(began, self._hurried) + own_part_s + self._patience_s):
                 if verdict != PUBLISH or is_extended or not may_extend:
                     waited_s = within_s if now >= deadline else now - self._start
@@ -263,6 +272,14 @@ class Meeting:
                 self._patience_s = math.inf
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_S, max(_SHORTEST_PAUSE_S, _LONGEST_PAUSE_SHARE * (now - self._start)))
+
+    def _gone(self) -> list[int]:
+        """Return the ranks without which nothing is published any more: their processes have ended before their part."""
+        ended = [rank for rank in self._ended() if rank in self._ranks or rank == 0]
+        if not ended:
+            return []
+        missing = {*self._missing("report"), self._ranks[0], 0}  # who leads has more to do than its own part
+        return sorted(missing.intersection(ended))
 
     def _who_never_began(self) -> str:
         return f"ranks {self._missing('begun')} never began (do all ranks see {self.path.parent}?)"
@@ -297,9 +314,8 @@ class Meeting:
     def _published_by_rank_0(self) -> bool:
         start = head(self._save_id)
         try:
-            with open(self.path / MANIFEST, "rb") as file:
-                return file.read(len(start)) == start
-        except (FileNotFoundError, NotADirectoryError):
+            return read_regular(self.path / MANIFEST, len(start)) == start
+        except (FileNotFoundError, NotADirectoryError, NotAFileError):
             return False
 
     def _decide(self, verdict: dict[str, str]) -> dict[str, str]:
@@ -319,7 +335,7 @@ class Meeting:
 
     def _read_verdict(self) -> dict[str, str] | None:
         try:
-            verdict: dict[str, str] = json.loads((self._control / _VERDICT).read_bytes())
+            verdict: dict[str, str] = json.loads(read_regular(self._control / _VERDICT))
         except (FileNotFoundError, NotADirectoryError):
             return None
         return verdict
@@ -346,7 +362,7 @@ def remove_leftovers(folder: Path) -> list[Path]:
 def is_dead(leftover: Path) -> bool:
     """Tell whether no living process holds an unpublished directory."""
     try:
-        descriptor = os.open(leftover / CONTROL / _LOCK, os.O_WRONLY | os.O_CLOEXEC)
+        descriptor = os.open(leftover / CONTROL / _LOCK, os.O_WRONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         return True
     except OSError:  # somebody else's, or a file system that is read-only: it could not be removed either

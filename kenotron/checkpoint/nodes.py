@@ -36,6 +36,7 @@ from kenotron.checkpoint.format import MANIFEST, unpublished_name
 from kenotron.checkpoint.manifest import NodePart, StoredTensor, is_checkpoint, parse_manifest, read_manifest
 from kenotron.checkpoint.meeting import CONTROL, PUBLISH, Meeting, failing, is_dead, raise_failure
 from kenotron.durable import fsync_directory, make_directories, put_in_place
+from kenotron.files import read_regular
 
 _STORE_PREFIX = "kenotron/checkpoints"
 
@@ -341,7 +342,7 @@ def _look(folder: Path) -> list[_Found]:
         if not directory.is_dir() or (name is not None and not is_dead(directory)):
             continue
         try:
-            manifest = parse_manifest((directory / MANIFEST).read_bytes(), directory)
+            manifest = parse_manifest(read_regular(directory / MANIFEST), directory)
         except (OSError, CheckpointError):
             continue
         if manifest.node is None or not all((directory / file).is_file() for file in manifest.files):

@@ -23,8 +23,13 @@ from kenotron.checkpoint.manifest import is_checkpoint, parse_manifest, read_man
 from kenotron.checkpoint.meeting import FolderLock
 from kenotron.checkpoint.save import check_replaceable, publish_alone
 from kenotron.durable import fsync
+from kenotron.files import read_regular
 
 _INDEX = "uploads.json"
+
+
+def _is_plain(name: str) -> bool:
+    return name not in ("", ".", "..") and not set(name) & set("/\\\0")
 
 
 class RemoteFolder:
@@ -58,6 +63,9 @@ class RemoteFolder:
         self._sent: set[tuple[str, str]] = set()  # (save id, file), so that a retry sends the rest alone
 
     def _place(self, *names: str) -> tuple[Any, str]:
+        for name in names:
+            if not _is_plain(name):  # what it leads to lies outside of the folder
+                raise ValueError(f"{name!r} is no name of something in {self.url}")
         filesystem, root = self._core.url_to_fs(self.url)
         filesystem.invalidate_cache()
         return filesystem, "/".join([root.rstrip("/"), *names])
@@ -89,7 +97,7 @@ class RemoteFolder:
         num_bytes = 0
         for file in sorted(file for file in path.iterdir() if file.is_file() and file.name != MANIFEST):
             num_bytes += self._send_file(file, filesystem, f"{folder}/{file.name}", manifest.save_id)
-        content = (path / MANIFEST).read_bytes()
+        content = read_regular(path / MANIFEST)
         if parse_manifest(content, path).save_id != manifest.save_id:
             raise OSError(f"{path} was replaced while it was sent")
         filesystem.pipe_file(f"{folder}/{MANIFEST}", content)
@@ -144,7 +152,9 @@ class RemoteFolder:
         return path
 
     def _index(self) -> list[str]:
-        names: list[str] = json.loads(self._read(_INDEX) or b"[]")
+        names = json.loads(self._read(_INDEX) or b"[]")
+        if not isinstance(names, list) or not all(isinstance(name, str) and _is_plain(name) for name in names):
+            raise ValueError(f"{self.url}/{_INDEX} is no list of names of checkpoints: remove it, or choose another folder")
         return names
 
     def _read(self, *names: str, end: int | None = None) -> bytes | None:

@@ -19,7 +19,7 @@ import os
 import shutil
 import warnings
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ from kenotron.checkpoint.reports import describe_shard, merge
 from kenotron.checkpoint.values import Attachments, encode
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
 from kenotron.durable import fsync_directory, put_in_place, write_durably
+from kenotron.files import local_path
 
 #: Of each entry of a shard the CRC-32C of each of its chunks.
 Checksums = Sequence[Sequence[int]]
@@ -69,6 +70,7 @@ def save(
     writer: ShardWriter | None = None,
     aliases: Mapping[str, str] | None = None,
     nodes: Nodes | None = None,
+    ended: Callable[[], Collection[int]] = tuple,
 ) -> None:
     """Write a checkpoint together with the other ranks; return when it is published and durable.
 
@@ -88,6 +90,7 @@ def save(
         writer: how the shard's bytes reach the disk.
         aliases: further names of tensors (tied weights) -> the name that they are saved under; rank 0's are stored.
         nodes: where nodes share no file system: each stores what its own ranks hold, and all publish or none does.
+        ended: tells, from any thread, which ranks' processes are gone: they are not waited for.
 
     Raises:
         ValueError: an argument that cannot be honoured, on the rank that got it.
@@ -103,6 +106,7 @@ def save(
         start_timeout_s=start_timeout_s,
         aliases=aliases,
         nodes=nodes,
+        ended=ended,
     )
     used = writer or SyncShardWriter()
     former = attempt.run(
@@ -133,8 +137,9 @@ class SaveAttempt:
         start_timeout_s: float | None,
         aliases: Mapping[str, str] | None,
         nodes: Nodes | None,
+        ended: Callable[[], Collection[int]] = tuple,
     ) -> None:
-        self.path = Path(os.path.abspath(path))
+        self.path = Path(os.path.abspath(local_path(path, "The checkpoint")))
         ranks = range(world_size) if nodes is None else nodes.ranks
         _check_arguments(self.path, rank, world_size, save_id, ranks)
         self._rank, self._world_size, self.save_id = rank, world_size, save_id
@@ -150,6 +155,7 @@ class SaveAttempt:
             timeout_s=timeout_s,
             start_timeout_s=start_timeout_s,
             may_be_taken_back=nodes is not None,
+            ended=ended,
         )
         self._council = Council(nodes, save_id, self._meeting) if nodes is not None and self._meeting.leads else None
         self.num_late_steps = 0

@@ -26,6 +26,7 @@ from kenotron.checkpoint.format import CHUNK_BYTES, DTYPE_NAMES, MANIFEST, MAX_H
 from kenotron.checkpoint.load import piece_to_read
 from kenotron.checkpoint.manifest import Manifest, StoredPiece, StoredTensor, check_file_size, read_manifest
 from kenotron.checkpoint.values import StoredPickle, pickles_in
+from kenotron.files import open_regular
 
 _SHARD_SUFFIX = ".safetensors"
 _BLOCK_BYTES = 8 << 20
@@ -155,7 +156,7 @@ class _Entry:
 def _verify_shard(manifest: Manifest, file: str, entries: list[_Entry]) -> FileReport:
     path = manifest.path / file
     problems = _problems_with_size(manifest, file)
-    if not path.exists():
+    if not path.is_file():
         return FileReport(name=file, num_bytes=0, seconds=0.0, damages=tuple(problems))
     told = [
         *_problems_with_header(path, manifest, entries),
@@ -176,7 +177,7 @@ def _verify_other(manifest: Manifest, file: str, pickle: StoredPickle | None) ->
     if not problems and pickle is not None:
         try:
             checksum = 0
-            with open(manifest.path / file, "rb", buffering=0) as stream:
+            with open_regular(manifest.path / file) as stream:
                 while block := stream.read(_BLOCK_BYTES):
                     checksum = crc32c(block, checksum)
                     num_bytes += len(block)
@@ -231,7 +232,7 @@ def _problems_with_opening(path: Path) -> Iterator[str]:
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
     """Return a safetensors header and where the data begins; ``ValueError`` where it is none."""
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         num_bytes = int.from_bytes(stream.read(8), "little")
         if num_bytes > MAX_HEADER_BYTES:
             raise ValueError(f"it would take {num_bytes} bytes")

@@ -16,6 +16,14 @@ TRAINER_COMMANDS = {
 }
 
 
+def local(text: str) -> str:
+    """Take a path on this machine; a URL, which ``pathlib`` would take for a folder named ``s3:``, is an error."""
+    scheme, separator, _ = text.partition("://")
+    if separator and scheme.isalnum():
+        raise argparse.ArgumentTypeError(f"{text} is a URL, and must be a path on this machine. Mount it, or copy it first.")
+    return text
+
+
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command line; what it parses holds the function to call as ``run``."""
     root = argparse.ArgumentParser(prog="kenotron", description="Pretraining of large transformers.")
@@ -44,7 +52,7 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
         help="list what a checkpoint holds, or the checkpoints of a folder",
         description="List what a checkpoint holds, or the checkpoints of a folder. Reads manifests only.",
     )
-    ls.add_argument("path", metavar="PATH", help="a checkpoint, or a folder of checkpoints")
+    ls.add_argument("path", type=local, metavar="PATH", help="a checkpoint, or a folder of checkpoints")
     ls.add_argument("--json", action="store_true", help="print it as JSON")
     ls.set_defaults(run="checkpoint:ls")
     config = actions.add_parser(
@@ -52,8 +60,8 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
         help="print the configuration that kenotron fit kept in a checkpoint",
         description="Print the configuration that kenotron fit kept in a checkpoint, Kénotron's or Lightning's.",
     )
-    config.add_argument("path", metavar="PATH", help="a checkpoint")
-    config.add_argument("-o", "--output", metavar="FILE", help="write it there")
+    config.add_argument("path", type=local, metavar="PATH", help="a checkpoint")
+    config.add_argument("-o", "--output", type=local, metavar="FILE", help="write it there")
     config.set_defaults(run="stored_config:run")
     verify = actions.add_parser(
         "verify",
@@ -61,7 +69,7 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
         description="Read all of a checkpoint and tell what is damaged. Exit code: 0 if nothing is, 1 if something is, "
         "2 if it is no checkpoint.",
     )
-    verify.add_argument("path", metavar="PATH", help="a checkpoint")
+    verify.add_argument("path", type=local, metavar="PATH", help="a checkpoint")
     verify.set_defaults(run="checkpoint:verify")
     _add_export(actions)
     consolidate = actions.add_parser(
@@ -70,8 +78,8 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
         description="Write the weights of a checkpoint, saved on any layout, to one file: a .safetensors, or a .pt that "
         "torch.load opens. Memory stays below the largest tensor.",
     )
-    consolidate.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint")
-    consolidate.add_argument("out", metavar="OUT", help="the file to make: .safetensors, .pt, .pth or .bin")
+    consolidate.add_argument("checkpoint", type=local, metavar="CHECKPOINT", help="a checkpoint")
+    consolidate.add_argument("out", type=local, metavar="OUT", help="the file to make: .safetensors, .pt, .pth or .bin")
     consolidate.add_argument("--optimizer", action="store_true", help="and the optimizers' state")
     consolidate.set_defaults(run="export:consolidate")
     merge = actions.add_parser(
@@ -79,8 +87,10 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
         help="make one checkpoint of the parts of nodes that share no file system",
         description="Make one checkpoint, for any layout to load, of the parts that nodes without a common file system hold.",
     )
-    merge.add_argument("path", metavar="OUT", help="the checkpoint to make")
-    merge.add_argument("parts", metavar="PART", nargs="+", help="the directory of each node, all of them, in any order")
+    merge.add_argument("path", type=local, metavar="OUT", help="the checkpoint to make")
+    merge.add_argument(
+        "parts", type=local, metavar="PART", nargs="+", help="the directory of each node, all of them, in any order"
+    )
     merge.set_defaults(run="checkpoint:merge")
     fetch = actions.add_parser(
         "fetch",
@@ -88,7 +98,9 @@ def _add_checkpoint(commands: argparse._SubParsersAction[argparse.ArgumentParser
         description="Bring a checkpoint that the callback Upload has sent to a URL to this machine, to resume from it.",
     )
     fetch.add_argument("url", metavar="URL", help="the folder that Upload sends to, such as s3://bucket/run")
-    fetch.add_argument("path", metavar="OUT", help="the checkpoint to make; it is left alone where it is there already")
+    fetch.add_argument(
+        "path", type=local, metavar="OUT", help="the checkpoint to make; it is left alone where it is there already"
+    )
     fetch.add_argument("--name", help="of the checkpoint (default: the last that was sent)")
     fetch.set_defaults(run="checkpoint:fetch")
 
@@ -100,8 +112,8 @@ def _add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Write the model of a checkpoint, saved on any layout, as a directory that from_pretrained loads: "
         "config.json, safetensors files, generation config and tokenizer. Memory stays below the largest tensor.",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint")
-    parser.add_argument("out", metavar="OUT", help="the directory to make")
+    parser.add_argument("checkpoint", type=local, metavar="CHECKPOINT", help="a checkpoint")
+    parser.add_argument("out", type=local, metavar="OUT", help="the directory to make")
     _add_model_options(parser, "convert floating-point tensors to this (default: as they are)")
     parser.add_argument("--max-shard-gb", type=float, default=5.0, help="size of a file in GB (default: 5)")
     parser.set_defaults(run="export:run")
@@ -116,8 +128,8 @@ def _add_convert(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     kinds = ("hf-to-kenotron", "kenotron-to-hf", "nanotron-to-kenotron", "kenotron-to-nanotron")
     parser.add_argument("kind", choices=kinds, metavar="KIND", help=", ".join(kinds))
-    parser.add_argument("path", metavar="PATH", help="what to convert")
-    parser.add_argument("out", metavar="OUT", help="what to make")
+    parser.add_argument("path", type=local, metavar="PATH", help="what to convert")
+    parser.add_argument("out", type=local, metavar="OUT", help="what to make")
     parser.add_argument("--name", default="model", help="name of the model in the LightningModule (default: model)")
     parser.add_argument("--tp", type=int, default=1, help="to Nanotron: for so many tensor-parallel ranks (default: 1)")
     parser.add_argument("--rope-interleaved", action="store_true", help="to Nanotron: rotary pairs are neighbours")
@@ -131,7 +143,9 @@ def _add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         description="Continue prompts with the model of a checkpoint. On several GPUs, or processes, the model is split over "
         "all of them: torchrun --nproc-per-node 2 -m kenotron.cli generate ...",
     )
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint of any layout, or a Hugging Face directory")
+    parser.add_argument(
+        "checkpoint", type=local, metavar="CHECKPOINT", help="a checkpoint of any layout, or a Hugging Face directory"
+    )
     parser.add_argument("--prompt", action="append", required=True, help="text to continue; several make a batch")
     parser.add_argument("--max-new-tokens", type=int, default=64, help="at most so many for each prompt (default: 64)")
     parser.add_argument("--temperature", type=float, help="sample, from logits divided by this")
@@ -151,9 +165,11 @@ def _add_tokenize(commands: argparse._SubParsersAction[argparse.ArgumentParser])
         "are unpacked. The same bytes for any number of workers; after a kill, the same command goes on.",
     )
     parser.add_argument("inputs", metavar="INPUT", nargs="+", help="a file, a folder, a glob, or any URL that fsspec reads")
-    parser.add_argument("out", metavar="OUT", help="the folder to make, with tokens and tokenizer")
+    parser.add_argument("out", type=local, metavar="OUT", help="the folder to make, with tokens and tokenizer")
     vocabulary = parser.add_mutually_exclusive_group(required=True)
-    vocabulary.add_argument("--tokenizer", metavar="T", help="a tokenizer.json, or a folder that AutoTokenizer reads")
+    vocabulary.add_argument(
+        "--tokenizer", type=local, metavar="T", help="a tokenizer.json, or a folder that AutoTokenizer reads"
+    )
     vocabulary.add_argument("--train-tokenizer", metavar="V", type=int, help="train a byte-level BPE of V tokens on the input")
     parser.add_argument("--workers", type=int, help="processes (default: one for each core)")
     parser.add_argument("--append-eos", action="store_true", help="end each document with the tokenizer's token for that")
@@ -181,7 +197,7 @@ def _add_data(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
         description="Read all of a corpus: where every document ends, and every id. Exit code: 0 if it is sound, 1 if "
         "something is wrong, 2 if it can't be opened.",
     )
-    check.add_argument("path", metavar="PATH", help="a file of tokens, a folder of them, or a glob")
+    check.add_argument("path", type=local, metavar="PATH", help="a file of tokens, a folder of them, or a glob")
     check.add_argument("--vocab-size", type=int, help="of the model: ids must be below (default: no limit)")
     check.add_argument("--token-size", type=int, choices=(2, 4), help="bytes of a token, where older files don't tell")
     check.set_defaults(run="data:run")
@@ -195,9 +211,13 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
         "print losses, speed, memory and what checkpoints cost. Of a configuration, callbacks, loggers and strategy are left "
         "out. Exit code: 0 if all ran, 1 if some could not, 2 if none could.",
     )
-    parser.add_argument("--config", metavar="YAML", help="what is trained, as kenotron fit takes it")
-    parser.add_argument("--model", metavar="PATH", help="or a LightningModule: package.Module, with settings: :depth=4,lr=0.1")
-    parser.add_argument("--data", metavar="PATH", help="and a data module, in the same form (default: the module's loaders)")
+    parser.add_argument("--config", type=local, metavar="YAML", help="what is trained, as kenotron fit takes it")
+    parser.add_argument(
+        "--model", type=local, metavar="PATH", help="or a LightningModule: package.Module, with settings: :depth=4,lr=0.1"
+    )
+    parser.add_argument(
+        "--data", type=local, metavar="PATH", help="and a data module, in the same form (default: the module's loaders)"
+    )
     parser.add_argument(
         "--strategies",
         nargs="+",
@@ -211,8 +231,8 @@ def _add_compare(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     parser.add_argument("--seed", type=int, help="of all processes (default: the configuration's, or 1)")
     parser.add_argument("--accelerator", help="cpu, cuda, … (default: the configuration's, or what there is)")
     parser.add_argument("--timeout", type=float, default=1800.0, metavar="S", help="seconds for one run (default: 1800)")
-    parser.add_argument("--json", metavar="FILE", help="write the rows there")
-    parser.add_argument("--plot", metavar="PNG", help="write a picture there: loss curves and bars")
+    parser.add_argument("--json", type=local, metavar="FILE", help="write the rows there")
+    parser.add_argument("--plot", type=local, metavar="PNG", help="write a picture there: loss curves and bars")
     parser.add_argument(
         "--scratch", metavar="DIR", help="put what runs write here, in the place of the system's temporary folder"
     )
@@ -226,8 +246,8 @@ def _add_import_config(commands: argparse._SubParsersAction[argparse.ArgumentPar
         description="Make a configuration for kenotron fit of a YAML of Nanotron's or of the first Kénotron's. Keys without a "
         "counterpart are named on stderr and at the head of the result.",
     )
-    parser.add_argument("path", metavar="YAML", help="what to import")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write the result there (default: print it)")
+    parser.add_argument("path", type=local, metavar="YAML", help="what to import")
+    parser.add_argument("-o", "--output", type=local, metavar="FILE", help="write the result there (default: print it)")
     parser.add_argument("--devices-per-node", type=int, default=8, metavar="N", help="more processes are nodes (default: 8)")
     parser.set_defaults(run="import_config:run")
 
@@ -241,7 +261,7 @@ def _add_launch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         description="Write a batch script that trains a configuration, is requeued when it is preempted or its time is over, "
         "and goes on from the last checkpoint. Options of kenotron fit may follow after --.",
     )
-    parser.add_argument("--config", metavar="YAML", required=True, help="what is trained, as kenotron fit takes it")
+    parser.add_argument("--config", type=local, metavar="YAML", required=True, help="what is trained, as kenotron fit takes it")
     parser.add_argument("--nodes", type=int, default=1, help="(default: 1)")
     parser.add_argument("--gpus-per-node", type=int, default=8, help="GPUs of a node, and processes (default: 8)")
     parser.add_argument("--cpu", action="store_true", help="ask for no GPUs; processes are as many")
@@ -257,11 +277,13 @@ def _add_launch(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         "--setup", action="append", default=[], metavar="LINE", help="of shell, before training: module load cuda"
     )
     parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="an environment variable")
-    parser.add_argument("--chdir", metavar="DIR", help="folder to train in (default: this one)")
+    parser.add_argument("--chdir", type=local, metavar="DIR", help="folder to train in (default: this one)")
     parser.add_argument("--container", metavar="IMAGE", help="train in it: a .sif by Apptainer, all else by pyxis")
     parser.add_argument("--container-mount", action="append", default=[], metavar="FROM:TO", help="a folder that it should see")
-    parser.add_argument("--log-dir", default="logs", metavar="DIR", help="of what the job prints (default: logs)")
-    parser.add_argument("-o", "--output", metavar="FILE", help="of the script (default: the job's name, with .sbatch)")
+    parser.add_argument("--log-dir", default="logs", type=local, metavar="DIR", help="of what the job prints (default: logs)")
+    parser.add_argument(
+        "-o", "--output", type=local, metavar="FILE", help="of the script (default: the job's name, with .sbatch)"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the script, and write nothing")
     parser.add_argument("--submit", action="store_true", help="run sbatch")
     parser.add_argument("fit_options", nargs="*", metavar="OPTION", help="of kenotron fit, after --")
@@ -307,9 +329,11 @@ def _add_plan(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     fixed.add_argument("--recompute", choices=("none", "full", "selective"))
     fixed.add_argument("--sequence-parallel", choices=("on", "off"))
     parser.add_argument("--top", type=int, default=10, help="how many to print (default: 10)")
-    parser.add_argument("--json", metavar="FILE", help="write the plan as JSON")
-    parser.add_argument("--yaml", metavar="FILE", help="write the first one as LightningCLI takes it")
-    parser.add_argument("--picture", metavar="FILE", help="draw the best ones: memory, time, what each stage does when")
+    parser.add_argument("--json", type=local, metavar="FILE", help="write the plan as JSON")
+    parser.add_argument("--yaml", type=local, metavar="FILE", help="write the first one as LightningCLI takes it")
+    parser.add_argument(
+        "--picture", type=local, metavar="FILE", help="draw the best ones: memory, time, what each stage does when"
+    )
     parser.set_defaults(run="plan:run")
 
 

@@ -24,6 +24,7 @@ from kenotron.data.errors import (
 from kenotron.data.megatron import MegatronSource
 from kenotron.data.nanoset import NanosetSource, check_index
 from kenotron.data.source import TokenSource
+from kenotron.files import read_regular
 
 #: What ``kenotron tokenize`` writes beside its files: what they are, and whether they are all there.
 CORPUS_FILE = "corpus.json"
@@ -207,7 +208,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     path = folder / CORPUS_FILE
     try:
-        record = json.loads(path.read_bytes())
+        record = json.loads(read_regular(path))
     except ValueError as error:
         raise CorpusMetadataError(path, f"is no JSON: {error}", getattr(error, "pos", 0)) from None
     if not isinstance(record, dict) or record.get("version") != 1:

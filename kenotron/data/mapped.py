@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kenotron.data.errors import CorpusSizeError
+from kenotron.files import check_regular
 
 
 class MappedArray:
@@ -50,6 +51,7 @@ class MappedArray:
             CorpusSizeError: the file ends before them.
         """
         begin = self.offset + start * self.dtype.itemsize
+        check_regular(self.path)
         read = np.fromfile(self.path, self.dtype, stop - start, offset=begin)
         if len(read) < stop - start:
             end = begin + len(read) * self.dtype.itemsize
@@ -63,6 +65,7 @@ class MappedArray:
 
     def _mapped(self) -> np.ndarray:
         if self._array is None:
+            check_regular(self.path)
             size = os.path.getsize(self.path)
             if size < self._num_bytes:
                 problem = f"ends here, and had at least {self._num_bytes} bytes when it was opened"

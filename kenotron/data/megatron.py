@@ -20,6 +20,7 @@ from kenotron.data.errors import CorpusFileMissingError, CorpusHeaderError, Corp
 from kenotron.data.mapped import MappedArray
 from kenotron.data.publish import NewFile
 from kenotron.data.writing import DocumentWriter
+from kenotron.files import open_regular
 
 _MAGIC = b"MMIDIDX\x00\x00"
 _HEADER = struct.Struct("<9sQBQQ")
@@ -152,7 +153,7 @@ class MegatronSource:
 def _read_header(index: Path) -> tuple[np.dtype, int, int]:
     """Return the tokens' type, the number of sequences, and the number of entries that tell of documents."""
     size = index.stat().st_size
-    with open(index, "rb") as file:
+    with open_regular(index) as file:
         header = file.read(_HEADER.size)
     if header[: len(_MAGIC)] != _MAGIC[: len(header)] or not header:
         raise CorpusHeaderError(index, "does not begin with MMIDIDX: it is no index of Megatron's", 0)

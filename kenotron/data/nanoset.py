@@ -22,6 +22,7 @@ import numpy as np
 from kenotron.data.errors import CorpusFileMissingError, CorpusIndexError, CorpusMetadataError, CorpusSizeError
 from kenotron.data.mapped import MappedArray
 from kenotron.data.writing import DocumentWriter
+from kenotron.files import open_regular
 
 _ENDS = np.dtype("<u8")
 _TOKENS: dict[int, np.dtype] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
@@ -145,7 +146,7 @@ def _read_metadata(path: Path) -> _Metadata | None:
     metadata = path.with_name(path.name + ".metadata")
     if not metadata.is_file():
         return None
-    with open(metadata, "rb") as file:
+    with open_regular(metadata) as file:
         content = file.read(1 << 20)  # names are short, and this may be any file
     try:
         lines = content.decode("utf-8").split("\n")
@@ -190,7 +191,7 @@ def _read_last_end(index: Path) -> tuple[int, int]:
         raise CorpusSizeError(index, "ends in the middle of an entry of 8 bytes", cut)
     if size == 0:
         return 0, 0
-    with open(index, "rb") as file:
+    with open_regular(index) as file:
         file.seek(-_ENDS.itemsize, os.SEEK_END)
         return size // _ENDS.itemsize, int.from_bytes(file.read(_ENDS.itemsize), "little")
 

@@ -26,6 +26,7 @@ from kenotron.data.permutation import digest
 from kenotron.data.rows import Rows
 from kenotron.data.source import TokenSource
 from kenotron.data.windows import check_sequence_length
+from kenotron.files import check_regular
 
 #: Documents in a group, and groups that are counted, or kept packed, at once. The first is part of a run's state.
 GROUP = 256
@@ -140,6 +141,7 @@ class Packing:
         name = digest("packing 1", source.num_tokens, source.num_documents, self._length, GROUP, *ends).hex()[:32]
         path = folder / f"packing-{name}.npy"
         with contextlib.suppress(OSError, ValueError, EOFError):  # none yet, or one that is cut off: it is made again
+            check_regular(path)
             found: np.ndarray = np.load(path)
             if found.shape == (-(-source.num_documents // GROUP) + 1,) and found.dtype == np.int64:
                 return found

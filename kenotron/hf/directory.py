@@ -22,6 +22,7 @@ import torch
 
 from kenotron.checkpoint.boxes import Box
 from kenotron.checkpoint.format import box_of, bytes_of, check_is_plain
+from kenotron.files import read_regular
 from kenotron.hf.errors import (
     HFDirectoryError,
     NotAModelDirectoryError,
@@ -91,7 +92,7 @@ class HFDirectory:
         if not file.is_file():
             raise NotAModelDirectoryError(f"{self.path} has no config.json; copy it from where the model came from")
         try:
-            return parse_json_object(file.read_bytes())
+            return parse_json_object(read_regular(file))
         except ValueError as error:
             raise NotAModelDirectoryError(f"{file} is malformed: {error}") from error
 
@@ -170,7 +171,7 @@ def _find_weights(path: Path) -> tuple[list[str], Mapping[str, str]]:
 
 def _read_index(file: Path) -> dict[str, str]:
     try:
-        weight_map = parse_json_object(file.read_bytes()).get("weight_map")
+        weight_map = parse_json_object(read_regular(file)).get("weight_map")
         if not isinstance(weight_map, dict) or not all(isinstance(value, str) for value in weight_map.values()):
             raise ValueError("it has no weight_map of tensors to files")
         if not weight_map:
@@ -211,7 +212,7 @@ class _Source:
         self._descriptor = -1
 
     def __enter__(self) -> Self:
-        self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
+        self._descriptor = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kenotron.checkpoint.format import DTYPES, MAX_HEADER_BYTES
+from kenotron.files import open_regular
 from kenotron.hf.errors import HFDirectoryError, ShardMalformedError, ShardMissingError, ShardTruncatedError
 
 #: How a file begins that Git LFS has left to be downloaded. Read as the length of a header it is out of all bounds.
@@ -43,7 +44,7 @@ def read_header(path: Path) -> Header:
     """Return what a file says of its tensors, if that is not in contradiction to itself."""
     if not path.is_file():
         raise ShardMissingError(f"{path} is missing, or a link to nothing; fetch it again")
-    with open(path, "rb") as stream:
+    with open_regular(path) as stream:
         file_bytes, start = os.fstat(stream.fileno()).st_size, stream.read(8)
         if start == _LFS_POINTER:
             raise ShardMalformedError(f"{path} is only Git LFS's note of where the file is; run `git lfs pull`")

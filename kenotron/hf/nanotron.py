@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kenotron.checkpoint.boxes import Box, find_flaw
+from kenotron.files import check_regular, read_regular
 
 VERSION = "1.4"
 CONFIG, METADATA, LATEST = "model_config.json", "checkpoint_metadata.json", "latest.txt"
@@ -98,10 +99,13 @@ class NanotronCheckpoint:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         if (self.path / LATEST).is_file() and not (self.path / "model").is_dir():
-            self.path /= (self.path / LATEST).read_text().strip()
+            name = read_regular(self.path / LATEST).decode().strip()
+            if not name or Path(name).name != name:
+                raise ValueError(f"{self.path / LATEST} must name a folder beside it, not {name!r:.80}.")
+            self.path /= name
         if not (self.path / "model").is_dir() or not (self.path / CONFIG).is_file():
             raise ValueError(f"{self.path} is no Nanotron checkpoint: it needs {CONFIG} and a folder model/.")
-        self.config: dict[str, Any] = json.loads((self.path / CONFIG).read_text())
+        self.config: dict[str, Any] = json.loads(read_regular(self.path / CONFIG))
         self.parameters = dict(self._find())
 
     @property
@@ -123,6 +127,7 @@ class NanotronCheckpoint:
     def _find(self) -> Iterator[tuple[str, _Parameter]]:
         root, found, problems = self.path / "model", dict[str, list[Path]](), list[str]()
         for file in sorted(root.rglob("*.safetensors")):
+            check_regular(file)
             match = _FILE.fullmatch(file.name)
             if match is None or match["expert"]:
                 problems.append(f"{file.relative_to(self.path)}: experts and files of other names can't be converted")

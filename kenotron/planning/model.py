@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kenotron.files import read_regular
 from kenotron.models.own import Implementation, build
 from kenotron.parallel import stages
 from kenotron.parallel.expert import find_experts
@@ -171,7 +172,7 @@ def read_config(path: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(read_regular(path))
     except json.JSONDecodeError as error:
         raise ValueError(f"{path} is no JSON: {error}") from None
     family = values.pop("model_type", None) if isinstance(values, dict) else None

@@ -16,6 +16,7 @@ import torch
 from checkpoint_helpers import SaveOnRanks, assert_holds, leftovers, rows, save_value, whole
 
 from kenotron.checkpoint import (
+    Checkpointer,
     CheckpointError,
     NotPublishedError,
     RanksMissingError,
@@ -24,6 +25,7 @@ from kenotron.checkpoint import (
     is_checkpoint,
     load_state,
     load_state_dict,
+    meeting,
     save,
 )
 from kenotron.checkpoint.format import unpublished
@@ -292,3 +294,46 @@ def test_a_rank_that_gives_up_while_rank_0_publishes_takes_nothing_away(
     raised = save_on_ranks(tmp_path / "a", [[held] for held in rows("model/w", FULL, 2)])
     assert [str(error) for error in raised] == ["None", "too late"]
     assert torch.equal(load_state_dict(tmp_path / "a")["w"], FULL)
+
+
+def test_a_rank_whose_process_has_ended_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(meeting, "_GRACE_S", 0.05)
+    start = time.monotonic()
+    for rank, other in ((0, 1), (1, 0)):
+        options: dict[str, Any] = {"rank": rank, "world_size": 2, "save_id": f"s{rank}", "ended": lambda other=other: {other}}
+        with pytest.raises(RanksMissingError, match=rf"the processes of the ranks \[{other}\] have ended"):
+            save(tmp_path / "a", [], {}, timeout_s=100, **options)
+    assert time.monotonic() - start < 30
+    assert not is_checkpoint(tmp_path / "a")
+
+
+def test_what_a_rank_has_reported_before_its_process_ended_is_published(
+    tmp_path: Path, save_on_ranks: SaveOnRanks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(meeting, "_GRACE_S", 0.05)
+    held = [[tensor] for tensor in rows("model/w", FULL, 3)]
+
+    def ended() -> set[int]:
+        (folder,) = tmp_path.glob(".a.*.partial")
+        time.sleep(0.2)
+        return {1} if (folder / "control" / "report-00001.json").exists() else set()
+
+    assert save_on_ranks(tmp_path / "a", held, per_rank={0: {"ended": ended}}) == [None] * 3
+    assert torch.equal(load_state_dict(tmp_path / "a")["w"], FULL)
+
+
+def test_no_worker_no_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the system allows no more threads."""
+
+    def refuse(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    checkpointer = Checkpointer()
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            checkpointer.save(tmp_path / "a", [whole("w", FULL)], {}, rank=0, world_size=1, save_id="s")
+        checkpointer.close()
+    checkpointer.save(tmp_path / "a", [whole("w", FULL)], {}, rank=0, world_size=1, save_id="t")
+    checkpointer.close()
+    assert is_checkpoint(tmp_path / "a")

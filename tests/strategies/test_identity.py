@@ -1,4 +1,4 @@
-"""What user code holds on to from before the module is cut is what is trained, on every layout; or the use of it is an error."""
+"""What user code holds on to from before the module is cut is what is trained, on every layout; or its use is an error."""
 
 from __future__ import annotations
 

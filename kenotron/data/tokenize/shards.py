@@ -16,6 +16,7 @@ from kenotron.data.publish import publish_text
 from kenotron.data.tokenize.documents import Document, PieceReader, Problem, lines_before
 from kenotron.data.tokenize.inputs import Piece
 from kenotron.data.tokenize.vocabulary import Encoder, flat
+from kenotron.files import read_regular
 
 #: Of text that is encoded at once, for each thread.
 _BATCH_BYTES = 1 << 20
@@ -105,7 +106,7 @@ class ShardRecord:
 
 def read_record(path: Path) -> ShardRecord:
     """Return what was noted of a finished shard."""
-    return ShardRecord(**json.loads(path.read_bytes()))
+    return ShardRecord(**json.loads(read_regular(path)))
 
 
 #: Called with documents, tokens and bytes of input that have come on top.

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from kenotron.durable import fsync_directory
+from kenotron.files import check_folder, read_regular
 
 #: The end of a document, and token 0, of a tokenizer that is trained here.
 END_OF_TEXT = "<|endoftext|>"
@@ -115,6 +116,7 @@ def copy_tokenizer(source: str | Path, folder: Path) -> None:
 def _auto(place: Path) -> Any:
     from transformers import AutoTokenizer
 
+    check_folder(place)
     try:
         return AutoTokenizer.from_pretrained(str(place), local_files_only=True)
     except (OSError, ValueError, KeyError) as error:
@@ -131,7 +133,7 @@ def read_vocabulary(folder: Path, *, eos_token: str | None = None) -> Vocabulary
         ValueError: it has no token ``eos_token``.
     """
     tokenizer = _plain(folder / "tokenizer.json")
-    config = json.loads((folder / "tokenizer_config.json").read_bytes())
+    config = json.loads(read_regular(folder / "tokenizer_config.json"))
     bos, eos = _token(config.get("bos_token")), eos_token or _token(config.get("eos_token"))
     if eos_token is not None and tokenizer.token_to_id(eos_token) is None:
         raise ValueError(f"eos_token={eos_token!r} is none of this tokenizer's tokens. Name one that it has.")
