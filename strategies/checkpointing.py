@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kenotron import checkpoint as checkpoints
-from kenotron.checkpoint import Checkpointer
+from kenotron.checkpoint import Checkpointer, PendingSave
 from kenotron.strategies.settings import CheckpointSettings
 from kenotron.strategies.state import CheckpointState
 
@@ -46,7 +46,7 @@ def save_training(
     nodes: checkpoints.Nodes | None,
     rank_state: Mapping[str, Any],
     handling_exception: bool,
-) -> None:
+) -> PendingSave:
     """Begin to write Lightning's ``checkpoint`` and this rank's tensors; all ranks call it.
 
     Args:
@@ -59,6 +59,8 @@ def save_training(
     with_optimizers = values.pop("optimizer_states", None) is not None
     if with_optimizers:
         tensors += state.optimizer_tensors()
+    is_lazy = checkpointer.lazy_tensors()
+    tensors = [replace(each, lazy=False) if each.lazy and not is_lazy(each.tensor) else each for each in tensors]
     # Of what several ranks hold alike (or only nearly: statistics of a batch norm), the owners write.
     tensors = [tensor for tensor in tensors if rank in tensor.owners]
     shared = {
@@ -69,7 +71,7 @@ def save_training(
         "layout": state.layout_sizes(),
         "models": state.models(),
     }
-    checkpointer.save(
+    return checkpointer.save(
         path,
         tensors,
         shared,
