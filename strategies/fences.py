@@ -22,6 +22,7 @@ from typing import Any
 from kenotron.checkpoint import Checkpointer
 
 _PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+_PARTS = ("core", "plugins", "profilers", "strategies", "trainer", "utilities")
 _WATCHERS = (
     *("callback", "checkpoint", "device_stats_monitor", "early_stopping", "lr_monitor", "model_checkpoint", "model_summary"),
     *("on_exception_checkpoint", "prediction_writer", "progress", "rich_model_summary", "throughput_monitor", "timer"),
@@ -29,7 +30,7 @@ _WATCHERS = (
 #: Where functions are defined that change no weights.
 _TRUSTED = (
     "kenotron",
-    *(f"{package}.{part}" for package in _PACKAGES for part in ("core", "trainer", "profilers", "utilities")),
+    *(f"{package}.{part}" for package in _PACKAGES for part in _PARTS),
     *(f"{package}.callbacks.{name}" for package in _PACKAGES for name in _WATCHERS),
 )
 #: What else lies between a hook and the save that it calls.
