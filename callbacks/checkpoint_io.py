@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kenotron import checkpoint as checkpoints
 from kenotron.checkpoint import Checkpointer, CheckpointError, EngineSettings, LocalTensor
+from kenotron.strategies.fences import fence_what_follows
 
 _MODEL = "model/"
 
@@ -61,8 +62,7 @@ class AsyncCheckpointIO(CheckpointIO):
         """
         if storage_options is not None or "://" in str(path):
             raise ValueError(f"AsyncCheckpointIO writes directories on a file system, not {path} with {storage_options!r}.")
-        guard = self.checkpointer.guard_optimizers()
-        is_lazy = guard.lazy_tensors()
+        is_lazy = self.checkpointer.guard_optimizers().lazy_tensors()
         module_state = checkpoint.get("state_dict", {})
         tensors, aliases = _model_tensors(module_state, is_lazy)
         state = {
@@ -82,7 +82,9 @@ class AsyncCheckpointIO(CheckpointIO):
             aliases=aliases,
             is_lazy=is_lazy,
         )
-        if not self.checkpointer.is_training:
+        if self.checkpointer.is_training:
+            fence_what_follows(self.checkpointer)
+        else:
             self.checkpointer.wait()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:

@@ -15,9 +15,9 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from kenotron.callbacks.checkpoint_io import AsyncCheckpointIO
 from kenotron.callbacks.preemption import Preemption
 from kenotron.checkpoint import CheckpointError, is_checkpoint
-from kenotron.checkpoint.asynchronous import remove_checkpoint
 from kenotron.checkpoint.format import MANIFEST
 from kenotron.checkpoint.remote import RemoteFolder
+from kenotron.checkpoint.retention import remove_checkpoint
 from kenotron.strategies.persistence import Persistence
 
 

@@ -33,14 +33,16 @@ class Engine:
     def submit(
         self,
         header: bytes,
-        sources: Sequence[tuple[int, list[tuple[int, int]], int, bool, int, int]],
+        sources: Sequence[tuple[int, list[tuple[int, int]], int, bool, int, int, bool]],
         keep: Any,
         head_start_s: float = 0.0,
+        other: Snapshot | None = None,
     ) -> Snapshot:
         """Begin to copy `sources` (see `sources.py`). `keep` is held.
 
         Args:
             head_start_s: begin so much later, unless a source is eager; who waits does not.
+            other: may hold the same. If its fingerprints say so, sources are compared with its copy and not copied.
 
         Raises:
             OSError: the CUDA driver cannot be opened, or failed.
@@ -70,14 +72,14 @@ class Snapshot:
     def wait_staged(self) -> None:
         """Return when all has been copied, or it has failed."""
 
-    def restage(self) -> None:
-        """Copy all anew. The sources must not change meanwhile; waits for `attach`."""
-
     def finish(self) -> None:
         """Return when the file is complete, durable and closed; `OSError`."""
 
     def sums(self) -> list[list[int]]:
         """Return for each source the CRC-32C of each 4 MiB of it; after `finish`."""
+
+    def changed(self) -> list[int]:
+        """Return which sources were not copied as they were at `submit`, or differ from those of the other snapshot."""
 
     def stats(self) -> dict[str, float]: ...
     def cancel(self) -> None: ...
@@ -86,7 +88,7 @@ class Snapshot:
     @property
     def is_staged(self) -> bool: ...
     @property
-    def is_torn(self) -> bool: ...
+    def is_like_other(self) -> bool: ...
 
 class PieceToRead:
     """A row-major array in a file, and the boxes that are wanted of it; without any, all of it is checked.

@@ -17,6 +17,7 @@ from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.environments import find_mpi
 from kenotron.strategies.guard import StepGuard
+from kenotron.strategies.kept import Beliefs
 from kenotron.strategies.loss import TokenCount
 from kenotron.strategies.settings import CheckpointSettings
 from kenotron.strategies.state import CheckpointState
@@ -59,6 +60,7 @@ class StrategyBase(_LightningStrategy):
     _sum_to_differentiate: torch.Tensor | None
     _run_id: str
     _num_saves: int
+    _beliefs: Beliefs
 
     @property
     def _user_module(self) -> Any:

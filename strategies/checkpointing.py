@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kenotron import checkpoint as checkpoints
-from kenotron.checkpoint import Checkpointer
+from kenotron.checkpoint import Checkpointer, PendingSave
 from kenotron.files import is_url
 from kenotron.strategies.settings import CheckpointSettings
 from kenotron.strategies.state import CheckpointState
@@ -48,7 +48,7 @@ def save_training(
     rank_state: Mapping[str, Any],
     handling_exception: bool,
     ended: Callable[[], Collection[int]],
-) -> None:
+) -> PendingSave:
     """Begin to write Lightning's ``checkpoint`` and this rank's tensors; all ranks call it.
 
     Args:
@@ -62,6 +62,8 @@ def save_training(
     with_optimizers = values.pop("optimizer_states", None) is not None
     if with_optimizers:
         tensors += state.optimizer_tensors()
+    is_lazy = checkpointer.lazy_tensors()
+    tensors = [replace(each, lazy=False) if each.lazy and not is_lazy(each.tensor) else each for each in tensors]
     # Of what several ranks hold alike (or only nearly: statistics of a batch norm), the owners write.
     tensors = [tensor for tensor in tensors if rank in tensor.owners]
     shared = {
@@ -72,7 +74,7 @@ def save_training(
         "layout": state.layout_sizes(),
         "models": state.models(),
     }
-    checkpointer.save(
+    return checkpointer.save(
         path,
         tensors,
         shared,

@@ -128,13 +128,18 @@ class Failures(StrategyBase):
         """Wait for checkpoints that are being written. While an exception is handled, none of theirs may take its place."""
         if self._held_checkpointer is None:
             return
-        if not self._is_failing:
-            self._held_checkpointer.close()
-            return
         try:
-            self._held_checkpointer.close(others_timeout_s=self._checkpoint_settings.exception_timeout_s)
-        except Exception as error:
-            _lightning.warn(self.names, f"A checkpoint that was being written is lost: {error}")
+            if not self._is_failing:
+                self._held_checkpointer.close()
+                return
+            try:
+                self._held_checkpointer.close(others_timeout_s=self._checkpoint_settings.exception_timeout_s)
+            except Exception as error:
+                _lightning.warn(self.names, f"A checkpoint that was being written is lost: {error}")
+        finally:
+            trainer = getattr(self._lightning_module, "_trainer", None)
+            if trainer is not None:
+                self._beliefs.mend(trainer.checkpoint_callbacks, self._held_checkpointer)
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = dict(super().__getstate__())

@@ -26,6 +26,7 @@ from kenotron.strategies.checkpointing import (
     save_training,
     set_random_state,
 )
+from kenotron.strategies.fences import fence_what_follows
 
 _GUARDS = "kenotron_guards"  # of skipped steps, in Lightning's dictionary
 
@@ -62,22 +63,33 @@ class Persistence(StrategyBase):
         checkpointer = self.checkpointer
         if self._guards:
             checkpoint = {**checkpoint, _GUARDS: [guard.state_dict() for guard in self._guards.values()]}
-        save_training(
-            checkpointer,
-            checkpoint,
-            filepath,
-            self._state,
-            rank=self.global_rank,
-            world_size=self.world_size,
-            save_id=save_id,
-            settings=self._checkpoint_settings,
-            nodes=self._nodes,
-            handling_exception=self._is_failing,
-            ended=self._ended_ranks,
-            rank_state={"random": random_state(self.root_device), "streams": self._streams_state()},
-        )
+        callbacks = self._user_module.trainer.checkpoint_callbacks
+        try:
+            save = save_training(
+                checkpointer,
+                checkpoint,
+                filepath,
+                self._state,
+                rank=self.global_rank,
+                world_size=self.world_size,
+                save_id=save_id,
+                settings=self._checkpoint_settings,
+                nodes=self._nodes,
+                handling_exception=self._is_failing,
+                ended=self._ended_ranks,
+                rank_state={"random": random_state(self.root_device), "streams": self._streams_state()},
+            )
+        except BaseException:
+            self._beliefs.not_begun(callbacks, filepath)
+            raise
+        self._beliefs.begun(callbacks, save, filepath)
         if not (self._checkpoint_settings.asynchronous and checkpointer.is_training) or self._links_to_last():
-            checkpointer.wait()
+            try:
+                checkpointer.wait()
+            finally:
+                self._beliefs.mend(callbacks, checkpointer)
+        else:
+            fence_what_follows(checkpointer)
         self._rest()
 
     def _path_of_rank_0(self, path: Any, save_id: str) -> str:

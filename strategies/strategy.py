@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import uuid
 import warnings
@@ -45,6 +46,7 @@ from kenotron.strategies.checkpointing import check_path
 from kenotron.strategies.checks import adopt_optimizer, check_callbacks, check_pipelined
 from kenotron.strategies.collectives import Collectives
 from kenotron.strategies.guard import Guard, StepGuard, check_precision_of_guard
+from kenotron.strategies.kept import Beliefs
 from kenotron.strategies.logs import LogRelay
 from kenotron.strategies.loss import TokenCount
 from kenotron.strategies.microbatches import Splitter
@@ -170,6 +172,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._group_settings = process_group or ProcessGroupSettings()
         self._checkpoint_settings = checkpoint or CheckpointSettings()
         self._held_checkpointer: Checkpointer | None = None
+        self._beliefs = Beliefs()
         self._nodes: Nodes | None = None
         self._claims: list[FolderClaim] = []
         super().__init__(
@@ -405,7 +408,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         """Put a fence before each optimizer step, and clear away what a run that died has left."""
         if self._uses_foreign_io:
             return
-        self.checkpointer.guard_optimizers()
+        assert self._done is not None
+        self.checkpointer.guard_optimizers().watch_others(self._done.named_parameters().values())
         for folder in self._checkpoint_folders(trainer):
             if self.num_nodes > 1:
                 leader = self.global_rank - self.local_rank

@@ -37,6 +37,8 @@ class Training(Failures):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """At the start of an epoch: ranks that share samples must have loaded the same ones."""
+        if self._held_checkpointer is not None:
+            self._beliefs.mend(self._user_module.trainer.checkpoint_callbacks, self._held_checkpointer)
         if batch_idx == 0 and self.world_size > self._dp_size:
             check_same_batch(batch, self.layout.dp_rank(self.global_rank))
 

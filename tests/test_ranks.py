@@ -16,7 +16,7 @@ from kenotron.ranks import RankMonitor
 
 @pytest.fixture
 def store() -> Iterator[dist.TCPStore]:
-    yield dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 
 def until(is_so: Callable[[], object], within_s: float = 20.0) -> float:

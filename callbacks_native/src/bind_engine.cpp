@@ -23,8 +23,9 @@ namespace nb = nanobind;
 namespace kenotron {
 namespace {
 
-// address, (extent, stride in bytes) of each dimension, bytes of an item, is eager, device ordinal or -1, stream
-using SourceTuple = std::tuple<std::uintptr_t, std::vector<std::pair<std::size_t, std::ptrdiff_t>>, std::size_t, bool, int, std::uint64_t>;
+// address, (extent, stride in bytes) of each dimension, bytes of an item, is eager, device ordinal or -1, stream, is own
+using SourceTuple = std::tuple<std::uintptr_t, std::vector<std::pair<std::size_t, std::ptrdiff_t>>, std::size_t, bool, int,
+                               std::uint64_t, bool>;
 
 class PySnapshot {
 public:
@@ -45,18 +46,18 @@ public:
     void wait_staged() {
         unlocked([&] { snapshot_.wait_staged(); return Status{}; });
     }
-    void restage() {
-        unlocked([&] { snapshot_.restage(); return Status{}; });
-    }
     void finish() {
         check(unlocked([&] { return snapshot_.finish(); }));
     }
     void cancel() {
         unlocked([&] { snapshot_.cancel(); return Status{}; });
+        keep_.reset();  // its sums may still be asked for
     }
     bool has_ended() const { return snapshot_.has_ended(); }
     bool is_staged() const { return snapshot_.is_staged(); }
-    bool is_torn() const { return snapshot_.is_torn(); }
+    std::vector<std::size_t> changed() const { return snapshot_.changed(); }
+    bool is_like_other() const { return snapshot_.is_like_other(); }
+    const Snapshot& native() const { return snapshot_; }
     std::vector<std::vector<std::uint32_t>> sums() const { return snapshot_.sums(); }
 
     nb::dict stats() const {
@@ -67,7 +68,6 @@ public:
         result["written_s"] = stats.written_s;
         result["waited_for_room_s"] = stats.waited_for_room_s;
         result["is_direct"] = stats.is_direct;
-        result["num_restaged"] = stats.num_restaged;
         return result;
     }
 
@@ -97,19 +97,20 @@ std::shared_ptr<Engine> make_engine(std::size_t pool_bytes, std::size_t slot_byt
 }
 
 PySnapshot submit(Engine& engine, const nb::bytes& header, const std::vector<SourceTuple>& tuples, nb::object keep,
-                  double head_start_s) {
+                  double head_start_s, const PySnapshot* other) {
     std::vector<Source> sources;
     sources.reserve(tuples.size());
-    for (const auto& [address, dims, item_bytes, is_eager, device, stream] : tuples) {
+    for (const auto& [address, dims, item_bytes, is_eager, device, stream, is_own] : tuples) {
         std::vector<StridedBytes::Dim> extents;
         for (const auto& [extent, stride] : dims) extents.push_back({extent, stride});
-        sources.push_back({StridedBytes(reinterpret_cast<const std::byte*>(address), extents, item_bytes), is_eager, device, stream});
+        sources.push_back({StridedBytes(reinterpret_cast<const std::byte*>(address), extents, item_bytes), is_eager, device, stream,
+                           is_own});
     }
     Status failed;
     std::string header_text(header.c_str(), header.size());
     std::optional<Snapshot> snapshot = [&] {
         const nb::gil_scoped_release others_may_run;
-        return engine.submit(std::move(header_text), std::move(sources), failed, head_start_s);
+        return engine.submit(std::move(header_text), std::move(sources), failed, head_start_s, other == nullptr ? nullptr : &other->native());
     }();
     if (failed) raise(*failed);
     return PySnapshot(std::move(*snapshot), std::move(keep));
@@ -122,14 +123,14 @@ void bind_engine(nb::module_& module) {
         .def("attach", &PySnapshot::attach, nb::arg("path"))
         .def("wait_eager", &PySnapshot::wait_eager)
         .def("wait_staged", &PySnapshot::wait_staged)
-        .def("restage", &PySnapshot::restage)
         .def("finish", &PySnapshot::finish)
         .def("cancel", &PySnapshot::cancel)
         .def("sums", &PySnapshot::sums)
+        .def("changed", &PySnapshot::changed)
         .def("stats", &PySnapshot::stats)
         .def_prop_ro("has_ended", &PySnapshot::has_ended)
         .def_prop_ro("is_staged", &PySnapshot::is_staged)
-        .def_prop_ro("is_torn", &PySnapshot::is_torn);
+        .def_prop_ro("is_like_other", &PySnapshot::is_like_other);
 
     nb::class_<Engine>(module, "Engine")
         .def(nb::new_(&make_engine), nb::kw_only(), nb::arg("pool_bytes"), nb::arg("slot_bytes"), nb::arg("num_copiers"),
@@ -137,7 +138,7 @@ void bind_engine(nb::module_& module) {
              nb::arg("checked_share"), nb::arg("cuda_library") = "libcuda.so.1")
         .def("prepare", &Engine::prepare, nb::arg("num_bytes"), nb::call_guard<nb::gil_scoped_release>())
         .def("submit", &submit, nb::arg("header"), nb::arg("sources"), nb::arg("keep"),
-             nb::arg("head_start_s") = 0.0)
+             nb::arg("head_start_s") = 0.0, nb::arg("other") = nb::none())
         .def("fence", &Engine::fence, nb::arg("within_s") = nb::none(), nb::call_guard<nb::gil_scoped_release>())
         .def_prop_ro("num_slots", [](const Engine& engine) { return engine.pool().num_slots(); })
         .def_prop_ro("num_free_slots", [](const Engine& engine) { return engine.pool().num_free(); })

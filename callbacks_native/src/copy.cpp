@@ -91,6 +91,30 @@ std::uint32_t copy_and_sum(std::byte* to, const std::byte* from, std::size_t num
     return crc;
 }
 
+std::uint32_t fingerprint(const std::byte* data, std::size_t num_bytes, std::size_t lines, std::uint32_t seed) noexcept {
+    constexpr std::size_t sampled_line = 64;
+    constexpr std::size_t page = lines_per_page * sampled_line;
+    if (num_bytes <= page || lines >= lines_per_page) return crc32c({data, num_bytes});
+    // Lines are gathered before they are summed: loads that do not wait for each other hide how far away memory is.
+    std::array<std::byte, page> gathered;
+    std::size_t num_gathered = 0;
+    std::uint32_t crc = 0;
+    for (std::size_t at = 0, number = seed; at + sampled_line <= num_bytes; at += page, ++number) {
+        const std::size_t num_lines = std::min(lines_per_page, (num_bytes - at) / sampled_line);
+        const std::size_t first = number * 2654435761u >> 13;
+        for (std::size_t i = 0; i < lines; ++i) {
+            const std::size_t line = (first + i * lines_per_page / lines) % num_lines;
+            std::memcpy(&gathered[num_gathered], data + at + line * sampled_line, sampled_line);
+            num_gathered += sampled_line;
+            if (num_gathered < page) continue;
+            crc = crc32c(gathered, crc);
+            num_gathered = 0;
+        }
+    }
+    crc = crc32c({gathered.data(), num_gathered}, crc);
+    return crc32c({data + num_bytes - sampled_line, sampled_line}, crc);  // the last page may be no whole one
+}
+
 StridedBytes::StridedBytes(const std::byte* data, std::span<const Dim> dims, std::size_t item_bytes)
     : data_(data), run_bytes_(item_bytes), num_bytes_(item_bytes) {
     for (const Dim& dim : dims) num_bytes_ *= dim.extent;

@@ -13,6 +13,11 @@ namespace kenotron {
 // on keeps its own data there. The caller calls `publish_stores` before it hands the memory to another thread.
 std::uint32_t copy_and_sum(std::byte* to, const std::byte* from, std::size_t num_bytes) noexcept;
 
+// A fingerprint of `num_bytes`: the CRC-32C of `lines` of the 64 lines of each page of 4 KiB, and of all of what is no more
+// than a page. Which lines they are follows from the seed.
+inline constexpr std::size_t lines_per_page = 64;
+std::uint32_t fingerprint(const std::byte* data, std::size_t num_bytes, std::size_t lines, std::uint32_t seed) noexcept;
+
 // Order streaming stores before all that follows: unlike others they are not ordered by a mutex.
 void publish_stores() noexcept;
 

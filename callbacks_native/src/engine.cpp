@@ -58,12 +58,19 @@ Engine::~Engine() {
 
 void Engine::prepare(std::size_t num_bytes) { pool_.prepare((num_bytes + settings_.slot_bytes - 1) / settings_.slot_bytes); }
 
-std::optional<Snapshot> Engine::submit(std::string header, std::vector<Source> sources, Status& failed, double head_start_s) {
+std::optional<Snapshot> Engine::submit(std::string header, std::vector<Source> sources, Status& failed, double head_start_s,
+                                       const Snapshot* other) {
     auto job = std::make_shared<Job>(std::move(header), std::move(sources), settings_.slot_bytes);
     if (job->num_eager == 0) job->copied_from += std::chrono::duration_cast<Clock::duration>(duration<double>(head_start_s));
     failed = use_devices(*job);
     if (failed) return {};
-    prepare(job->stats.num_bytes);
+    const auto ticks = static_cast<std::uint32_t>(job->submitted.time_since_epoch().count());  // other lines each time
+    job->take_prints(settings_.checked_share, other == nullptr ? ticks : other->job_->seed);
+    if (other != nullptr && job->has_prints_of(*other->job_)) {
+        job->like = other->job_->like ? other->job_->like : other->job_;
+    } else {
+        prepare(job->stats.num_bytes);
+    }
     Snapshot snapshot(shared_from_this(), job);
     const Lock lock(mutex_);
     begin(job);
@@ -120,10 +127,14 @@ void Engine::begin(const std::shared_ptr<Job>& job) {
 
 bool Engine::copy_one(Lock& lock, CudaCopier* devices) {
     const auto next = std::find_if(copying_.begin(), copying_.end(), [](const auto& job) {
-        return job->num_started < job->num_slots() && !job->is_settled();
+        return job->num_started < job->num_slots() && !job->is_settled() && (!job->like || job->like->is_staged);
     });
     if (next == copying_.end()) return false;
     const std::shared_ptr<Job> job = *next;
+    if (job->like) {
+        compare_one(lock, job);
+        return true;
+    }
     std::byte* slot = pool_.try_acquire();
     if (slot == nullptr) {
         pool_.prepare(pool_.num_claimed() + 1);  // as long as there is more, nobody has to wait for a writer
@@ -146,23 +157,37 @@ bool Engine::copy_one(Lock& lock, CudaCopier* devices) {
     } else {
         job->filled.push_back({index, slot});
         if (is_eager) ++job->num_eager_copied;
-        if (++job->num_copied == job->num_slots()) {
-            changed_.notify_all();
-            lock.unlock();
-            const bool is_alike = job->are_samples_alike(settings_.checked_share);
-            lock.lock();
-            if (!job->is_settled()) {
-                job->is_torn = !is_alike;
-                job->is_staged = true;
-                job->stats.staged_s = duration<double>(Clock::now() - job->submitted).count();
-                std::erase(copying_, job);
-            }
-        }
+        note_copied(*job);
     }
     --job->num_reading;
     if (job->is_settled()) settle(*job);
     changed_.notify_all();
     return true;
+}
+
+void Engine::note_copied(Job& job) {
+    ++job.num_copied;
+    if (!job.is_all_copied()) return;
+    job.is_staged = true;
+    job.stats.staged_s = duration<double>(Clock::now() - job.submitted).count();
+    std::erase_if(copying_, [&](const auto& other) { return other.get() == &job; });
+}
+
+// Compares one slot's worth with what the other snapshot has copied, if it has.
+void Engine::compare_one(Lock& lock, const std::shared_ptr<Job>& job) {
+    if (!job->like->is_all_copied()) {
+        job->error = Error{ECANCELED, "compare", {}};
+    } else {
+        const std::size_t index = job->order[job->num_started++];
+        ++job->num_reading;
+        lock.unlock();
+        job->compare_sums(index);
+        lock.lock();
+        if (!job->is_settled()) note_copied(*job);
+        --job->num_reading;
+    }
+    if (job->is_settled()) settle(*job);
+    changed_.notify_all();
 }
 
 Status Engine::fill(Job& job, std::size_t index, std::byte* slot, CudaCopier* devices) const {
@@ -171,12 +196,13 @@ Status Engine::fill(Job& job, std::size_t index, std::byte* slot, CudaCopier* de
     if (begin < job.header.size()) {
         std::memcpy(slot, job.header.data() + begin, std::min(size, job.header.size() - begin));
     }
-    auto parts = job.cut(index);
+    auto& parts = job.parts[index];
     bool is_on_devices = false;
     for (Job::Part& part : parts) {
         const Source& source = job.sources[part.source];
         if (source.device < 0) {
             part.crc = source.bytes.copy_and_sum(slot + part.at, part.begin, part.size);
+            job.compare(part, slot + part.at);
             continue;
         }
         if (!is_on_devices) {
@@ -195,7 +221,6 @@ Status Engine::fill(Job& job, std::size_t index, std::byte* slot, CudaCopier* de
     }
     std::memset(slot + size, 0, (direct_alignment - size % direct_alignment) % direct_alignment);
     publish_stores();
-    job.parts[index] = std::move(parts);
     return {};
 }
 

@@ -4,15 +4,19 @@
 //              (1)         (bounded)         (2)         (fsync, by whoever waits for it)
 //
 // 1. submit: a snapshot is a header and sources (runs of memory), which make up one file in this order. The file is cut
-//    into slots. Nothing is copied yet; the caller keeps the sources unchanged until the snapshot is staged.
+//    into slots. Nothing is copied yet, but a fingerprint of each page is taken: the caller is to keep the sources unchanged
+//    until the snapshot is staged, and might not.
 // 2. copiers take one free slot of the pool after the other, oldest snapshot first, fill it and compute its CRC-32C sums.
 //    (What comes from a device is summed by its writer: a link carries several times what a core sums, and would stand
 //    idle.) Without a free slot they wait for the writers: that is what bounds memory. A thread that waits for a snapshot
 //    to be staged (the fence) copies too instead of sleeping.
-// 3. staged: all has been copied, and a sample of the sources still has the same sums. Otherwise it is torn: somebody
-//    changed them meanwhile, and restage() copies all of it anew.
+// 3. staged: all has been copied. What was copied has the fingerprints of what was there at submit, or the snapshot tells
+//    which sources somebody has changed: it must not be kept.
 // 4. attach: the file is created, which may be long after submit. From here on writers take filled slots.
 // 5. finish: when all is written the file gets its exact size and is made durable.
+//
+// A snapshot of what another one held, told by its fingerprints, is not copied: its sources are summed, and compared with
+// the other's sums. What holds the same to the last byte may be a link to the same file.
 //
 // A failure is kept in its snapshot, which frees its slots and counts as staged once nobody reads its sources any more;
 // other snapshots go on. No thread ever throws or ends the process. All state is behind one mutex, which is held for
@@ -52,7 +56,7 @@ struct EngineSettings {
     std::vector<int> cpus;           // that they may run on; empty: all
     double max_bytes_per_second = 0;  // over all writers; 0: no limit
     bool direct = true;              // past the page cache, where the file system can
-    double checked_share = 0.01;     // of the bytes, summed again once all has been copied
+    double checked_share = 1.0 / 64;  // of the bytes, that fingerprints are made of
     std::string cuda_library = "libcuda.so.1";
 };
 
@@ -61,6 +65,7 @@ struct Source {
     bool is_eager = false;     // copied first, since it may change at any time
     int device = -1;           // CUDA ordinal, and then contiguous; -1: host memory
     std::uint64_t stream = 0;  // that the device's work on it was given to
+    bool is_own = false;       // nobody can change it: its fingerprint tells every byte of it
 };
 
 struct SnapshotStats {
@@ -69,7 +74,6 @@ struct SnapshotStats {
     double written_s = 0;        // from submit until all was written
     double waited_for_room_s = 0;  // that copying stood still for want of a free slot
     bool is_direct = false;
-    int num_restaged = 0;
 };
 
 class Engine;
@@ -95,11 +99,12 @@ public:
     // Whether it has failed or was cancelled: nothing more will happen.
     bool has_ended() const;
 
-    // Whether sources have changed while they were copied. Of a staged snapshot.
-    bool is_torn() const;
+    // Which sources were not copied as they were at submit, because somebody has changed them. Of a staged snapshot.
+    std::vector<std::size_t> changed() const;
 
-    // Copy all anew, from sources that the caller keeps unchanged for that long. The file must be attached.
-    void restage();
+    // Whether nothing is copied, since the other snapshot that was given to submit seems to hold the same. Once it is staged,
+    // `changed` tells in which sources it does not. No file is attached to it.
+    bool is_like_other() const;
 
     // Wait for the writers, give the file its size, make it durable and close it.
     Status finish();
@@ -134,8 +139,9 @@ public:
     void prepare(std::size_t num_bytes);
 
     // Take a snapshot of sources of at least one byte each, and return at once. Copiers begin so many seconds later unless
-    // some of them are eager; whoever waits for the snapshot helps at once.
-    std::optional<Snapshot> submit(std::string header, std::vector<Source> sources, Status& failed, double head_start_s = 0);
+    // some of them are eager; whoever waits for the snapshot helps at once. `other`: a snapshot that may hold the same.
+    std::optional<Snapshot> submit(std::string header, std::vector<Source> sources, Status& failed, double head_start_s = 0,
+                                   const Snapshot* other = nullptr);
 
     // Return true when every snapshot is staged: from here on the sources may change. False when the time is up first.
     bool fence(std::optional<double> within_s = {});
@@ -158,12 +164,14 @@ private:
 
     // Each does one slot's worth of work with the mutex released meanwhile; false where there is none to do now.
     bool copy_one(Lock& lock, CudaCopier* devices);
+    void compare_one(Lock& lock, const std::shared_ptr<Job>& job);
     bool write_one(Lock& lock);
     Status fill(Job& job, std::size_t index, std::byte* slot, CudaCopier* devices) const;
     bool wait_for_bandwidth(Lock& lock, const Job& job, std::size_t num_bytes);
 
     // With the mutex held.
     void begin(const std::shared_ptr<Job>& job);
+    void note_copied(Job& job);
     void settle(Job& job);
     bool help_until(Lock& lock, const std::function<bool()>& done, std::optional<Clock::time_point> deadline = {});
 

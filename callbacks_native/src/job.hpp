@@ -23,7 +23,9 @@ struct Snapshot::Job {
         std::size_t begin;  // in the source
         std::size_t size;
         std::size_t at;  // in the slot
-        std::uint32_t crc;
+        std::uint32_t crc = 0;
+        std::uint32_t print = 0;  // when the snapshot was taken: `fingerprint`, or the CRC-32C of all
+        bool has_changed = false;  // between that and the copy
     };
     struct Filled {
         std::size_t index;
@@ -31,6 +33,10 @@ struct Snapshot::Job {
     };
 
     Job(std::string header_text, std::vector<Source> all_sources, std::size_t bytes_of_slot);
+    void take_prints(double share, std::uint32_t with_seed);
+    bool has_prints_of(const Job& other) const;
+    void compare(Part& part, const std::byte* copied) const;
+    void compare_sums(std::size_t slot);
     std::size_t num_slots() const noexcept { return parts.size(); }
     std::size_t slot_size(std::size_t index) const noexcept {
         return std::min(slot_bytes, stats.num_bytes - index * slot_bytes);
@@ -41,7 +47,7 @@ struct Snapshot::Job {
     // Nobody reads its sources, and nothing is left to write.
     bool is_at_rest() const noexcept { return is_staged && (is_settled() || num_written == num_slots()); }
     Status end() const { return error || !is_cancelled ? error : Error{ECANCELED, "write", {}}; }
-    bool are_samples_alike(double share) const;
+    bool is_all_copied() const noexcept { return num_copied == num_slots(); }
 
     // Set once.
     std::string header;
@@ -54,6 +60,10 @@ struct Snapshot::Job {
     std::chrono::steady_clock::time_point submitted = std::chrono::steady_clock::now();
     std::chrono::steady_clock::time_point copied_from = submitted;  // by copiers; those that wait for it need not mind
     OutputFile file;
+    std::size_t lines = 0;  // of each page that fingerprints are made of
+    std::uint32_t seed = 0;
+    // What seems to hold the same, byte by byte. Then nothing is copied: sums are compared with those of its copy.
+    std::shared_ptr<const Job> like;
 
     // Each written by the thread that copies the slot; sums of device memory by the one that writes it.
     std::vector<std::vector<Part>> parts;
@@ -68,7 +78,6 @@ struct Snapshot::Job {
     std::deque<Filled> filled;
     bool is_attached = false;
     bool is_staged = false;
-    bool is_torn = false;
     bool is_cancelled = false;
     Status error;
     std::optional<std::chrono::steady_clock::time_point> without_room_since;

@@ -2,14 +2,11 @@
 
 #include <algorithm>
 #include <numeric>
-#include <random>
 
 #include "crc32c.hpp"
 #include "job.hpp"
 
 namespace kenotron {
-
-using std::chrono::steady_clock;
 
 Snapshot::Job::Job(std::string header_text, std::vector<Source> all_sources, std::size_t bytes_of_slot)
     : header(std::move(header_text)), sources(std::move(all_sources)), slot_bytes(bytes_of_slot) {
@@ -20,6 +17,7 @@ Snapshot::Job::Job(std::string header_text, std::vector<Source> all_sources, std
     }
     stats.num_bytes = position;
     parts.resize((position + slot_bytes - 1) / slot_bytes);
+    for (std::size_t i = 0; i < parts.size(); ++i) parts[i] = cut(i);
     order.resize(parts.size());
     std::iota(order.begin(), order.end(), std::size_t{0});
     std::vector<bool> is_eager(parts.size());
@@ -43,7 +41,7 @@ std::vector<Snapshot::Job::Part> Snapshot::Job::cut(std::size_t index) const {
         while (position < std::min(source_end, end)) {
             const std::size_t within = position - begins[source];
             const std::size_t size = std::min({source_end - position, end - position, sum_bytes - within % sum_bytes});
-            found.push_back({source, within, size, position - begin, 0});
+            found.push_back({source, within, size, position - begin});
             position += size;
         }
     }
@@ -57,25 +55,53 @@ void Snapshot::Job::sum_device_parts(const Filled& slot) {
     }
 }
 
-// Sums a random share of what was copied again, from the sources.
-bool Snapshot::Job::are_samples_alike(double share) const {
-    std::vector<const Part*> all;
-    for (const auto& slot : parts) {
-        for (const Part& part : slot) {
+// Notes what the lazy sources hold now. What is on a device is compared by whoever owns it.
+void Snapshot::Job::take_prints(double share, std::uint32_t with_seed) {
+    seed = with_seed;
+    if (share <= 0) return;
+    lines = std::clamp<std::size_t>(static_cast<std::size_t>(share * double{lines_per_page} + 0.5), 1, lines_per_page);
+    for (auto& slot : parts) {
+        for (Part& part : slot) {
             const Source& source = sources[part.source];
-            if (source.device < 0 && !source.is_eager) all.push_back(&part);
+            if (source.device >= 0 || source.is_eager) continue;
+            part.print = source.bytes.is_contiguous()
+                             ? fingerprint(source.bytes.data() + part.begin, part.size, source.is_own ? lines_per_page : lines, seed)
+                             : source.bytes.sum(part.begin, part.size);
         }
     }
-    std::minstd_rand random(static_cast<unsigned>(steady_clock::now().time_since_epoch().count()));
-    std::shuffle(all.begin(), all.end(), random);
-    const double wanted = share * static_cast<double>(stats.num_bytes);
-    std::size_t checked = 0;
-    for (const Part* part : all) {
-        if (share <= 0 || (share < 1 && static_cast<double>(checked) >= wanted)) break;
-        if (sources[part->source].bytes.sum(part->begin, part->size) != part->crc) return false;
-        checked += part->size;
+}
+
+// Whether it is laid out as another one that was taken with the same seed, and its sources held the same then.
+bool Snapshot::Job::has_prints_of(const Job& other) const {
+    const auto is_same = [&](const Source& source) { return source.device < 0 && !source.is_eager; };
+    if (lines == 0 || header.size() != other.header.size() || begins != other.begins || parts.size() != other.parts.size()) {
+        return false;
+    }
+    if (!std::all_of(sources.begin(), sources.end(), is_same)) return false;
+    if (!std::all_of(other.sources.begin(), other.sources.end(), is_same)) return false;
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+        for (std::size_t k = 0; k < parts[i].size(); ++k) {
+            if (parts[i][k].print != other.parts[i][k].print) return false;
+        }
     }
     return true;
+}
+
+// Finds out whether a part that was copied is still what it was when the snapshot was taken.
+void Snapshot::Job::compare(Part& part, const std::byte* copied) const {
+    const Source& source = sources[part.source];
+    if (lines == 0 || source.is_eager || source.is_own) return;
+    const std::uint32_t print = source.bytes.is_contiguous() ? fingerprint(copied, part.size, lines, seed) : part.crc;
+    part.has_changed = print != part.print;
+}
+
+// In place of copying: sums the sources, and compares with what the other one has copied.
+void Snapshot::Job::compare_sums(std::size_t slot) {
+    for (std::size_t i = 0; i < parts[slot].size(); ++i) {
+        Part& part = parts[slot][i];
+        part.crc = sources[part.source].bytes.sum(part.begin, part.size);
+        part.has_changed = part.crc != like->parts[slot][i].crc;
+    }
 }
 
 // ---- What its owner sees ----------------------------------------------------------------------------------------------
@@ -127,31 +153,17 @@ bool Snapshot::is_staged() const {
     return job_->is_staged;
 }
 
-bool Snapshot::is_torn() const {
-    const Engine::Lock lock(engine_->mutex_);
-    return job_->is_torn;
-}
+bool Snapshot::is_like_other() const { return job_->like != nullptr; }
 
-void Snapshot::restage() {
-    Engine::Lock lock(engine_->mutex_);
-    Job& job = *job_;
-    // What was filled before is written first: two writers must not race for one place in the file.
-    engine_->changed_.wait(lock, [&] { return job.is_at_rest(); });
-    if (job.is_settled()) return;
-    lock.unlock();
-    Status failed = engine_->use_devices(job);  // which have been given more work since
-    lock.lock();
-    if (failed && !job.is_settled()) {
-        job.error = std::move(failed);
-        engine_->settle(job);
+std::vector<std::size_t> Snapshot::changed() const {
+    const Engine::Lock lock(engine_->mutex_);
+    std::vector<std::size_t> found;
+    for (const auto& slot : job_->parts) {  // in the order of the sources
+        for (const Job::Part& part : slot) {
+            if (part.has_changed && (found.empty() || found.back() != part.source)) found.push_back(part.source);
+        }
     }
-    if (job.is_settled()) return;
-    job.num_started = job.num_copied = job.num_eager_copied = job.num_written = 0;
-    job.is_staged = job.is_torn = false;
-    ++job.stats.num_restaged;
-    engine_->begin(job_);
-    engine_->writing_.push_back(job_);
-    engine_->help_until(lock, [&] { return job.is_staged; });
+    return found;
 }
 
 Status Snapshot::finish() {

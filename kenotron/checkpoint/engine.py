@@ -27,7 +27,8 @@ class EngineSettings:
         cpus: that they may run on; empty for all.
         max_bytes_per_s: over all writers of this process; None for no limit.
         direct: write past the page cache (``O_DIRECT``) where the file system can.
-        checked_share: of the bytes, read again when all has been copied, to detect a torn snapshot; 0 to 1.
+        checked_share: of the bytes, a part of each page, read at the call: a change before the copy is then found out; 0 to 1.
+            With 1 any change is, and the call takes as long as reading all takes.
 
     Raises:
         ValueError: a number out of its range.
@@ -41,7 +42,7 @@ class EngineSettings:
     cpus: tuple[int, ...] = ()
     max_bytes_per_s: float | None = None
     direct: bool = True
-    checked_share: float = 0.01
+    checked_share: float = 1 / 64
 
     def __post_init__(self) -> None:
         if self.slot_bytes < 4096 or self.slot_bytes % 4096:
@@ -54,7 +55,7 @@ class EngineSettings:
         if not 0 <= self.niceness <= 19:
             raise ValueError(f"niceness={self.niceness} must be 0 to 19; 5 steps aside for training")
         if not 0 <= self.checked_share <= 1:
-            raise ValueError(f"checked_share={self.checked_share} must be 0 to 1; set 0.01")
+            raise ValueError(f"checked_share={self.checked_share} must be 0 to 1; set 1 / 64")
         if self.max_bytes_per_s is not None and self.max_bytes_per_s <= 0:
             raise ValueError(f"max_bytes_per_s={self.max_bytes_per_s} must be positive, or None for no limit")
         if any(cpu < 0 or cpu >= (os.cpu_count() or 1) for cpu in self.cpus):

@@ -94,14 +94,14 @@ class Council:
         if within_s is not None:
             self._wait(lambda: not self._missing("begun"), within_s, lambda: f"nodes {self._missing('begun')} never began")
 
-    def agree(self, tensors: Mapping[str, StoredTensor], late_steps: int) -> None:
+    def agree(self, tensors: Mapping[str, StoredTensor]) -> None:
         """Return when all nodes are ready and what they hold is the whole; then all publish.
 
         Raises:
             SaveFailedError: a node failed, the parts do not belong together, or time is up; the same on all nodes.
             InDoubtError: the store is gone.
         """
-        told = {"late_steps": late_steps, "tensors": {name: _described(tensor) for name, tensor in tensors.items()}}
+        told = {"tensors": {name: _described(tensor) for name, tensor in tensors.items()}}
         self._put(f"part/{self._nodes.index}", b85encode(zlib.compress(json.dumps(told).encode())).decode())
         self._has_told = True
         if self._nodes.index == 0:
@@ -201,10 +201,7 @@ def _described(tensor: StoredTensor) -> list[Any]:
 
 
 def _check_whole(parts: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ``SaveFailedError`` unless the nodes' parts are of one moment and make up every tensor."""
-    late = [part["late_steps"] for part in parts]
-    if len(set(late)) > 1:
-        raise SaveFailedError(f"the nodes' parts are {late} optimizer steps late, so not of one moment")
+    """Raise ``SaveFailedError`` unless the nodes' parts make up every tensor."""
     boxes: defaultdict[str, set[Box]] = defaultdict(set)
     kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
     problems = []

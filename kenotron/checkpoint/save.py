@@ -121,8 +121,6 @@ class SaveAttempt:
     """One rank's part of one save. Arguments as ``save``.
 
     Attributes:
-        num_late_steps: optimizer steps that were made between the call and what was copied; the same on all ranks, or the
-            parts do not belong together.
         origin: the ``save_id`` of the save that wrote the shard, if it is a link to that one's.
     """
 
@@ -158,7 +156,6 @@ class SaveAttempt:
             ended=ended,
         )
         self._council = Council(nodes, save_id, self._meeting) if nodes is not None and self._meeting.leads else None
-        self.num_late_steps = 0
         self.origin: str | None = None
 
     @property
@@ -215,7 +212,7 @@ class SaveAttempt:
             layout = gather()
             report = self._part.write(meeting.folder, layout, write)
             origins = {} if self.origin is None else {self._part.shard: self.origin}
-            meeting.report(report | {"late_steps": self.num_late_steps, "origins": origins})
+            meeting.report(report | {"origins": origins})
             if self.leads:
                 return self._publish()
             meeting.wait_for_publication()
@@ -236,9 +233,6 @@ class SaveAttempt:
         """Check the reports, write the manifest and give the directory its final name. Return what it replaced."""
         meeting, council = self._meeting, self._council
         reports = meeting.wait_for_reports()
-        late = [report["late_steps"] for report in reports]
-        if len(set(late)) > 1:
-            raise SaveFailedError(f"saving {self.path}: the ranks' parts are {late} optimizer steps late, so not of one moment")
         tensors = merge(tuple(report["tensors"] for report in reports), self._nodes is None)
         manifest = self._manifest(reports, tensors.tensors)
         for name, size in manifest.files.items():
@@ -249,7 +243,7 @@ class SaveAttempt:
         check_replaceable(self.path)
         meeting.decide_to_publish()
         if council is not None:
-            council.agree(manifest.tensors, late[0])
+            council.agree(manifest.tensors)
         former = put_in_place(meeting.folder, self.path, unpublished(self.path, self.save_id, "replaced"))
         fsync_directory(self.path.parent)
         if council is not None:

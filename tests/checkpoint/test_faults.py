@@ -522,11 +522,11 @@ def test_a_directory_that_vanishes_in_mid_save_is_told(tmp_path: Path, what: str
     checkpointer = Checkpointer(SETTINGS)
     is_begun, has_vanished, settle = threading.Event(), threading.Event(), PendingSave.settle
 
-    def settle_later(self: PendingSave, *, may_restage: bool) -> None:
-        if not may_restage:  # the worker, between the writing of the file and its end
+    def settle_later(self: PendingSave) -> None:
+        if threading.current_thread() is not threading.main_thread():  # the worker, between the writing and the file's end
             is_begun.set()
             has_vanished.wait(DEADLINE_S)
-        settle(self, may_restage=may_restage)
+        settle(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(PendingSave, "settle", settle_later)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-import time
 import uuid
 import warnings
 from collections.abc import Callable, Iterator
@@ -30,8 +29,9 @@ from kenotron.checkpoint import (
     load_state_dict,
     save,
 )
-from kenotron.checkpoint.asynchronous import PendingSave
 from kenotron.checkpoint.guard import OptimizerGuard
+from kenotron.checkpoint.pending import PendingSave
+from kenotron.checkpoint.sources import Sources
 from kenotron.strategies.settings import CheckpointSettings
 
 #: All but 64 KiB of the state is copied no faster than this: an update comes long before the copy is complete.
@@ -157,17 +157,17 @@ def training(request: pytest.FixtureRequest, checkpointer: Checkpointer) -> Trai
 
 
 @pytest.fixture
-def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Until it is set, or a step has come, no more is copied than the pool holds: its slots are not written."""
-    opened, write = threading.Event(), PendingSave._write_new
+def gate(monkeypatch: pytest.MonkeyPatch) -> Iterator[threading.Event]:
+    """Until it is set no more is copied than the pool holds: its slots are not written."""
+    opened, write = threading.Event(), PendingSave.write
 
-    def write_later(self: PendingSave, file: Path, timeout_s: float) -> Any:
-        while not opened.wait(0.001) and not self.num_late_steps:
-            pass
-        return write(self, file, timeout_s)
+    def write_later(self: PendingSave, file: Path) -> Any:
+        opened.wait()
+        return write(self, file)
 
-    monkeypatch.setattr(PendingSave, "_write_new", write_later)
-    return opened
+    monkeypatch.setattr(PendingSave, "write", write_later)
+    yield opened
+    opened.set()
 
 
 # ------------------------------------------------------------------------------------------------ loops in plain PyTorch
@@ -183,7 +183,6 @@ def test_an_update_right_after_a_save_does_not_reach_the_checkpoint(
     assert pending.stats["fence_s"] > 0
     checkpointer.wait()
     assert not differ(tmp_path / "a", expected)
-    assert pending.stats["num_restaged"] == 0
     assert differ(save_now(training, tmp_path / "later"), expected)
 
 
@@ -192,57 +191,38 @@ def take_away_the_fence(patch: pytest.MonkeyPatch, checkpointer: Checkpointer) -
     patch.setattr(checkpointer, "fence", lambda: 0.0)
 
 
-@pytest.mark.usefixtures("gate")
 def test_without_the_fence_and_without_detection_the_checkpoint_would_be_torn(
-    checkpointer: Checkpointer, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    checkpointer: Checkpointer, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
 ) -> None:
     """So the test above would fail: it does not hold by chance."""
     expected = save_now(training, tmp_path / "expected")
     with monkeypatch.context() as patch:
         take_away_the_fence(patch, checkpointer)
-        patch.setattr(PendingSave, "_is_torn", lambda self: False)
+        patch.setattr(Sources, "changed", lambda self, snapshot: [])
         begin(checkpointer, training, tmp_path / "a")
         training.update()
         later = save_now(training, tmp_path / "later")
+        gate.set()
         checkpointer.wait()
     assert differ(tmp_path / "a", expected)
     assert differ(tmp_path / "a", later)
 
 
-def test_without_the_fence_a_torn_snapshot_is_detected_and_not_published(
+def test_without_the_fence_a_change_is_detected_and_nothing_published(
     checkpointer: Checkpointer, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gate: threading.Event
 ) -> None:
     with monkeypatch.context() as patch:
         take_away_the_fence(patch, checkpointer)
-        begin(checkpointer, training, tmp_path / "a", timeout_s=0.5)
+        begin(checkpointer, training, tmp_path / "a")
         training.update()
-        with pytest.raises(SaveFailedError, match="the state changed while it was copied"):
+        gate.set()
+        with pytest.raises(SaveFailedError, match=r"(0\.weight|3\.weight|state/).* changed between the call and the copy"):
             checkpointer.wait()
     assert not is_checkpoint(tmp_path / "a")
-    gate.set()
     expected = save_now(training, tmp_path / "expected")
     begin(checkpointer, training, tmp_path / "a")
     checkpointer.wait()
     assert not differ(tmp_path / "a", expected)
-
-
-@pytest.mark.usefixtures("gate")
-def test_a_step_that_no_fence_preceded_is_noticed_after_it_and_the_snapshot_retaken(
-    checkpointer: Checkpointer, training: Training, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    before = save_now(training, tmp_path / "before")
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpointer.guard_optimizers(), "_fence", lambda: None)
-        pending = begin(checkpointer, training, tmp_path / "a")
-        with pytest.warns(UserWarning, match="the copy was discarded and taken again"):
-            training.update()
-        after = save_now(training, tmp_path / "after")
-        checkpointer.wait()
-    assert pending.stats["num_restaged"] == 1
-    assert differ(tmp_path / "a", before)
-    if len(training.optimizers) == 1:  # of several, the first one's step is noticed, and the second one comes later
-        found, expected = load_state_dict(tmp_path / "a", ""), load_state_dict(after, "")
-        assert all(torch.equal(found[name], expected[name]) for name, _ in training.model.named_parameters())
 
 
 # ------------------------------------------------------------------------------------------- other changes of the state
@@ -274,32 +254,44 @@ def through_numpy(weight: nn.Parameter) -> None:
 
 
 @pytest.mark.parametrize("change", [clamp, through_data, through_numpy])
-def test_a_change_that_is_no_step_is_detected_and_the_snapshot_retaken_at_the_fence(
+def test_a_change_that_is_no_step_is_told_and_copied_in_the_call_from_then_on(
     checkpointer: Checkpointer, tmp_path: Path, change: Callable[[nn.Parameter], None], gate: threading.Event
 ) -> None:
-    """``clamp`` is seen by the version that torch counts, the others by checksums."""
+    """``clamp`` is seen by the version that torch counts, the others by fingerprints."""
     training = Training("adamw_foreach")
     training.update()
-    before = save_now(training, tmp_path / "before")
-    pending = begin(checkpointer, training, tmp_path / "a")
-    weight = training.model[0].weight
+    training.update()
+    begin(checkpointer, training, tmp_path / "a")
+    weight = training.model[3].weight
     version = weight._version
-    engine = checkpointer._engine
-    assert engine is not None
-    while engine.num_claimed_slots < engine.num_slots or engine.num_free_slots > 0:
-        time.sleep(0.001)  # until all slots are taken: all but one of them hold what is to change
-    for module in training.model:
-        for param in module.parameters():
-            change(param)
+    change(weight)
     assert (weight._version != version) == (change is clamp)
-    changed = save_now(training, tmp_path / "changed")
     gate.set()
-    with pytest.warns(UserWarning, match="the copy was discarded and taken again"):
-        training.update()
+    with pytest.raises(SaveFailedError, match=r"/a: 3\.weight changed between the call and the copy"):
+        checkpointer.wait()
+    assert not is_checkpoint(tmp_path / "a")
+    before = save_now(training, tmp_path / "before")
+    begin(checkpointer, training, tmp_path / "a")
+    change(weight)
     checkpointer.wait()
-    assert not differ(tmp_path / "a", changed)
-    assert differ(tmp_path / "a", before)
-    assert pending.stats["num_restaged"] == 1
+    assert not differ(tmp_path / "a", before)
+
+
+def test_what_the_first_steps_were_seen_to_change_is_copied_in_the_call(checkpointer: Checkpointer, tmp_path: Path) -> None:
+    training = Training("adamw_foreach")
+    weight, still = training.model[0].weight, training.model[3].weight
+    assert not checkpointer.lazy_tensors()(still)
+    for _ in range(2):
+        training.update()
+        through_data(weight)
+    training.update()
+    is_lazy = checkpointer.lazy_tensors()
+    assert (is_lazy(weight), is_lazy(still), is_lazy(training.model[1].running_mean)) == (False, True, False)
+    expected = save_now(training, tmp_path / "expected")
+    begin(checkpointer, training, tmp_path / "a")
+    through_data(weight)
+    checkpointer.wait()
+    assert not differ(tmp_path / "a", expected)
 
 
 def test_parameters_that_get_other_memory_are_saved_as_they_were(checkpointer: Checkpointer, tmp_path: Path) -> None:
@@ -416,8 +408,8 @@ def test_every_checkpoint_of_a_fit_is_that_of_a_synchronous_one(
     assert len(expected) == 5
     assert [path.name for path in found] == [path.name for path in expected]
     assert not any(itertools.starmap(tensors_differ, zip(found, expected, strict=True)))
-    # Without the fence the snapshots are taken again after the step, and this comparison shows it.
+    # Without the fence what is copied is no longer what was there at the call, and every save says so.
     make_guard = OptimizerGuard.__init__
     monkeypatch.setattr(OptimizerGuard, "__init__", lambda self, fence, on_step: make_guard(self, lambda: None, on_step))
-    unfenced = run("unfenced", True)
-    assert any(itertools.starmap(tensors_differ, zip(unfenced, expected, strict=True)))
+    with pytest.raises(SaveFailedError, match="changed between the call and the copy"):
+        run("unfenced", True)

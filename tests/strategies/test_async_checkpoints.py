@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from strategy_helpers import PP2, SLOW, TP2_PP2, Classifier, Task, loaders, make_trainer
 
 from kenotron.checkpoint import EngineSettings, is_checkpoint, load_state, load_state_dict, read_manifest
-from kenotron.strategies import CheckpointSettings
+from kenotron.strategies import CheckpointSettings, fences
 from kenotron.testing import RankPool
 
 #: So slow that a save is still in flight when the next optimizer step wants to begin.
@@ -22,7 +22,7 @@ CRAWLING = EngineSettings(pool_bytes=1 << 14, slot_bytes=1 << 12, max_bytes_per_
 
 
 class SaveEachStep(L.Callback):
-    """Saves after every step, and counts what was still in flight and what was found torn."""
+    """Saves after every step, and notes what was still in flight."""
 
     def __init__(self, folder: str) -> None:
         self.folder = Path(folder)
@@ -41,10 +41,15 @@ def save_each_step(strategy: Mapping[str, Any], folder: str, asynchronous: bool)
     callback = SaveEachStep(folder)
     trainer = make_trainer({**strategy, "checkpoint": settings}, [callback], max_epochs=2)
     train, _ = loaders(trainer, Task(Classifier, strategy))
-    trainer.fit(Classifier(), train)
+    trusted = fences._TRUSTED
+    fences._TRUSTED = (*trusted, __name__)  # so that calls return before the copy, as those of `ModelCheckpoint` do
+    try:
+        trainer.fit(Classifier(), train)
+    finally:
+        fences._TRUSTED = trusted
     return {
         "in flight": callback.in_flight,
-        "restaged": [save.stats.get("num_restaged", 0) for save in callback.saves],
+        "waited": [save.stats.get("fence_s", 0.0) > 0 for save in callback.saves],
         "errors": [save.error for save in callback.saves],
     }
 
@@ -60,7 +65,7 @@ def test_every_checkpoint_is_that_of_a_synchronous_save(pool: RankPool, layout: 
         assert found["in flight"] == [False] * 6
     for found in pool.run(save_each_step, ranks, strategy, str(tmp_path / "async"), True):
         assert all(found["in flight"])
-        assert found["restaged"] == [0] * 6
+        assert found["waited"][2:] == [True] * 4  # in the first steps all is copied in the call
         assert found["errors"] == [None] * 6
     for step in range(1, 7):
         one, other = tmp_path / "sync" / f"step-{step}", tmp_path / "async" / f"step-{step}"
