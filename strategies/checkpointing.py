@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -46,12 +47,14 @@ def save_training(
     nodes: checkpoints.Nodes | None,
     rank_state: Mapping[str, Any],
     handling_exception: bool,
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> None:
     """Begin to write Lightning's ``checkpoint`` and this rank's tensors; all ranks call it.
 
     Args:
         nodes: where these share no file system.
         handling_exception: other ranks may be gone, so they are not waited for for long.
+        tokenizer: the folder of the data's.
     """
     values = dict(checkpoint)
     module_state = values.pop("state_dict", {})
@@ -67,7 +70,7 @@ def save_training(
         "optimizers": state.optimizer_groups() if with_optimizers else None,
         "optimizer_kinds": state.optimizer_kinds() if with_optimizers else None,
         "layout": state.layout_sizes(),
-        "models": state.models(),
+        "models": state.models(tokenizer),
     }
     checkpointer.save(
         path,

@@ -66,6 +66,7 @@ class Persistence(StrategyBase):
             settings=self._checkpoint_settings,
             nodes=self._nodes,
             handling_exception=self._is_failing,
+            tokenizer=getattr(self._user_module.trainer.datamodule, "tokenizer_folder", None),
             rank_state={"random": random_state(self.root_device), "streams": self._streams_state()},
         )
         if not (self._checkpoint_settings.asynchronous and checkpointer.is_training) or self._links_to_last():
