@@ -62,6 +62,9 @@ class DoReMi(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse layouts on which a batch's losses are not known before its backward pass."""
+        self._trainer = trainer
+        if stage != "fit":
+            return
         strategy = trainer.strategy
         if isinstance(strategy, StrategyBase) and (strategy.layout.pp > 1 or strategy.layout.cp > 1):
             raise ValueError(
@@ -73,7 +76,6 @@ class DoReMi(L.Callback):
                 f"accumulate_grad_batches={trainer.accumulate_grad_batches}: DoReMi updates its weights once for each "
                 "optimizer step, from one batch. Set it to 1; the batch may be smaller, the proxy is small."
             )
-        self._trainer = trainer
 
     def loss(self, proxy_BS: Tensor, reference_BS: Tensor, learned_BS: Tensor, corpus_B: Tensor) -> Tensor:
         """Update the weights by a batch, and return the proxy's loss under them. Call it once in each ``training_step``.

@@ -49,7 +49,7 @@ class GradientNorms(Recorder):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse strategies whose gradients can't be told apart."""
         kind = type(trainer.strategy).__name__
-        if kind in ("FSDPStrategy", "DeepSpeedStrategy"):
+        if stage == "fit" and kind in ("FSDPStrategy", "DeepSpeedStrategy"):
             raise ValueError(
                 f"GradientNorms needs the gradient of each parameter, which {kind} does not show. Set strategy='kenotron', "
                 "'ddp' or 'model_parallel', or leave the callback out."

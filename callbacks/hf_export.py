@@ -40,7 +40,7 @@ class HFExport(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse strategies whose checkpoints can't be exported."""
-        if not isinstance(trainer.strategy, Persistence):
+        if stage == "fit" and not isinstance(trainer.strategy, Persistence):
             raise ValueError(
                 f"HFExport exports checkpoints of KenotronStrategy, and the strategy is {type(trainer.strategy).__name__}. Set "
                 "strategy='kenotron', or save with transformers' save_pretrained."

@@ -42,7 +42,7 @@ class MoELoad(Recorder):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse strategies that count no loads."""
-        if not isinstance(trainer.strategy, Training):
+        if stage == "fit" and not isinstance(trainer.strategy, Training):
             raise ValueError(
                 f"MoELoad logs what KenotronStrategy counts, and the strategy is {type(trainer.strategy).__name__}. Set "
                 "strategy='kenotron', or leave the callback out."

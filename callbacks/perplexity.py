@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kenotron.data.loader import ValidationLoader
 from kenotron.data.rows import IGNORED
+from kenotron.strategies._lightning import validation_loaders
 
 
 class Perplexity(L.Callback):
@@ -92,7 +93,7 @@ def _device(pl_module: L.LightningModule) -> torch.device:
 
 
 def _loaders(trainer: L.Trainer) -> list[Any]:
-    loaders: Any = trainer.val_dataloaders
+    loaders: Any = validation_loaders(trainer)
     if isinstance(loaders, Mapping):
         return list(loaders.values())
     return list(loaders) if isinstance(loaders, list | tuple) else [loaders]

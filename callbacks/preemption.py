@@ -85,6 +85,8 @@ class Preemption(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what can't be honoured when the signal comes."""
+        if stage != "fit":
+            return
         if self._requeue is True and _slurm_job() is None:
             raise ValueError(
                 "Preemption(requeue=True): this is no SLURM job, SLURM_JOB_ID is not set. Set requeue='auto', which requeues "

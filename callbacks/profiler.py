@@ -60,6 +60,8 @@ class Profiler(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse ranks that are not there."""
+        if stage != "fit":
+            return
         missing = [rank for rank in (() if self._ranks == "all" else self._ranks) if not 0 <= rank < trainer.world_size]
         if missing:
             raise ValueError(f"Profiler(ranks={list(self._ranks)}): there are ranks 0 to {trainer.world_size - 1} alone.")

@@ -15,6 +15,7 @@ from kenotron.callbacks.summary import EveryNSteps
 from kenotron.hf.generate import check_settings, generate
 from kenotron.parallel.plan import transformers_models
 from kenotron.strategies.training import Training
+from kenotron.tokenizers import load_tokenizer
 
 
 class Samples(L.Callback):
@@ -50,13 +51,13 @@ class Samples(L.Callback):
         self._settings: dict[str, Any] = {"max_new_tokens": max_new_tokens, "seed": seed}
         self._settings |= {"temperature": temperature, "top_k": top_k, "top_p": top_p}
         if isinstance(tokenizer, (str, os.PathLike)):
-            from transformers import AutoTokenizer
-
-            tokenizer = AutoTokenizer.from_pretrained(tokenizer, local_files_only=True)
+            tokenizer = load_tokenizer(tokenizer)
         self._tokenizer = tokenizer
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse what can't generate."""
+        if stage != "fit":
+            return
         if not isinstance(trainer.strategy, Training):
             raise ValueError(
                 f"Samples samples under KenotronStrategy, and the strategy is {type(trainer.strategy).__name__}. Set "

@@ -57,7 +57,7 @@ class StragglerDetector(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse ranks that can't talk by ``torch.distributed``."""
-        if trainer.world_size > 1 and not dist.is_initialized():
+        if stage == "fit" and trainer.world_size > 1 and not dist.is_initialized():
             raise ValueError(
                 "StragglerDetector compares ranks by torch.distributed, which "
                 f"{type(trainer.strategy).__name__} has not set up. Set strategy='kenotron' or 'ddp'."

@@ -105,6 +105,11 @@ class Throughput(Recorder):
         self.flops: Flops | None = None  #: of the batch that was counted, over all ranks
         self._restore: Callable[[], None] | None = None
         self._counter: FlopCounter | None = None
+        self._replicas, self._unit, self._base, self._wants_count = 1, "tokens", (0.0, 0.0), count_flops
+        self._window: _Window | None = None  # None: nothing is trained, as in a validation before
+        self._first: _Window | None = None
+        self._pending: _Window | None = None
+        self._left = (0.0, 0.0)
 
     # ------------------------------------------------------------------------------------------------ begin and end
 
@@ -118,8 +123,7 @@ class Throughput(Recorder):
         self._replicas = int(sampling["num_replicas"])
         self._unit, self.flops, self._base = "tokens", None, (0.0, 0.0)
         self._wants_count = self._counts_flops
-        self._first: _Window | None = None
-        self._pending: _Window | None = None
+        self._first = self._pending = None
         self._has_logged = False
         self._last_step, self._fence = trainer.global_step, (0, 0.0)
         self._stall = self._stall_seen = self._compiling_seen = 0.0
@@ -157,14 +161,19 @@ class Throughput(Recorder):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log what is left."""
-        window = self._window
-        if window.steps:
+        if self._running.steps:
             self._close(trainer)
         elif self._first is not None and not self._has_logged:
             self._window = self._first
             self._close(trainer)
         self._flush(trainer)
         self._leave()
+        self._window = None
+
+    @property
+    def _running(self) -> _Window:
+        assert self._window is not None
+        return self._window
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Put back what was hooked."""
@@ -185,8 +194,8 @@ class Throughput(Recorder):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what goodput and the count of tokens go on from."""
-        window = getattr(self, "_window", None)
-        since = window.amount * self._replicas if window is not None else 0
+        open_ones = [each for each in (self._window, self._pending) if each is not None and each is not self._first]
+        since = sum(each.amount for each in open_ones) * self._replicas
         return {"first_start": self._first_start, "productive_seconds": self._productive, "total": self._total + since}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -198,7 +207,7 @@ class Throughput(Recorder):
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         """Note the wait for data, and count the batch."""
-        now, window = time.perf_counter(), self._window
+        now, window = time.perf_counter(), self._running
         stall, self._stall_seen = self._stall - self._stall_seen, self._stall
         window.stall += stall
         window.data += max(0.0, now - self._ended - window.away - stall)
@@ -232,7 +241,7 @@ class Throughput(Recorder):
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
         """Log, if it is time to."""
         self._timeline.begin("")
-        now, window = time.perf_counter(), self._window
+        now, window = time.perf_counter(), self._running
         waited = self._waited_for_fence(trainer)
         stall, self._stall_seen = self._stall - self._stall_seen + waited, self._stall
         window.stall += stall
@@ -267,11 +276,12 @@ class Throughput(Recorder):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Validation is no wait for data."""
-        self._left = (time.perf_counter(), self._stall)
+        if self._window is not None:
+            self._left = (time.perf_counter(), self._stall)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Back in training."""
-        if getattr(self, "_window", None) is not None and trainer.state.fn == "fit" and not trainer.sanity_checking:
+        if self._window is not None:
             began, stall = self._left
             self._window.away += time.perf_counter() - began - (self._stall - stall)
 
@@ -290,7 +300,7 @@ class Throughput(Recorder):
             share = self._replicas / trainer.world_size  # all ranks of a block have the block's
         if counter.unknown:
             rank_zero_warn(f"Throughput can't count the FLOPs of {', '.join(sorted(counter.unknown))}: utilisation is too low.")
-        found, window = total(products), self._window
+        found, window = total(products), self._running
         mine = [found.attention * share, found.other * share, *self._global(trainer, window)]
         sums = torch.tensor(mine, dtype=torch.float64, device=_device(trainer))
         if trainer.world_size > 1:
@@ -309,7 +319,7 @@ class Throughput(Recorder):
     def _close(self, trainer: Any) -> None:
         """End a window, and log the one before (or this one, where numbers need no wait)."""
         self._flush(trainer)
-        window, now = self._window, time.perf_counter()
+        window, now = self._running, time.perf_counter()
         if window is not self._first:
             window.wall += now - window.began - window.away - window.compiling  # of validation after the last batch
             for part, seconds in self._timeline.take().items():

@@ -77,6 +77,8 @@ class Upload(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse checkpoints that are no directories: whether a file is complete can't be told."""
+        if stage != "fit":
+            return
         strategy = trainer.strategy
         if not isinstance(strategy, Persistence) and not isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
             raise ValueError(

@@ -60,7 +60,7 @@ class WeightChecksums(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse strategies that shard in their own way."""
-        if not isinstance(trainer.strategy, (Persistence, DDPStrategy, SingleDeviceStrategy)):
+        if stage == "fit" and not isinstance(trainer.strategy, (Persistence, DDPStrategy, SingleDeviceStrategy)):
             raise ValueError(
                 f"WeightChecksums knows the replicas of KenotronStrategy and of ddp, not of {type(trainer.strategy).__name__}. "
                 "Use one of these, or leave it out."

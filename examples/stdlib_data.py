@@ -137,6 +137,11 @@ class StdlibData(L.LightningDataModule):
             print(f"  {split:<5} {len(documents):>4} files  {size}", flush=True)
         os.rename(unfinished, self.folder)  # all at once: killed before, the next run starts over
 
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Checkpoints note it, so that ``kenotron generate`` needs to be told nothing."""
+        return self.folder
+
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.from_file(str(self.folder / "tokenizer.json"))
 

@@ -115,6 +115,12 @@ def disable_inference_mode(trainer: Any) -> None:
         loop.inference_mode = False
 
 
+def validation_loaders(trainer: Any) -> Any:
+    """Return the loaders of the validation that runs: ``trainer.val_dataloaders`` are those of an earlier ``fit``, if any."""
+    loop = trainer.validate_loop if trainer.state.fn == "validate" else trainer.fit_loop.epoch_loop.val_loop
+    return None if loop._combined_loader is None else loop._combined_loader.iterables
+
+
 def call_hook(trainer: Any, package: str, name: str, *args: Any) -> None:
     """Call a hook of callbacks and module, as Lightning's own loops do."""
     call = importlib.import_module(f"{package}.trainer.call")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
@@ -48,6 +49,7 @@ def save_training(
     rank_state: Mapping[str, Any],
     handling_exception: bool,
     ended: Callable[[], Collection[int]],
+    tokenizer: str | os.PathLike[str] | None = None,
 ) -> PendingSave:
     """Begin to write Lightning's ``checkpoint`` and this rank's tensors; all ranks call it.
 
@@ -55,6 +57,7 @@ def save_training(
         nodes: where these share no file system.
         handling_exception: other ranks may be gone, so they are not waited for for long.
         ended: tells which ranks' processes are gone.
+        tokenizer: the folder of the data's.
     """
     values = dict(checkpoint)
     module_state = values.pop("state_dict", {})
@@ -72,7 +75,7 @@ def save_training(
         "optimizers": state.optimizer_groups() if with_optimizers else None,
         "optimizer_kinds": state.optimizer_kinds() if with_optimizers else None,
         "layout": state.layout_sizes(),
-        "models": state.models(),
+        "models": state.models(tokenizer),
     }
     return checkpointer.save(
         path,

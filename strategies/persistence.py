@@ -77,6 +77,7 @@ class Persistence(StrategyBase):
                 nodes=self._nodes,
                 handling_exception=self._is_failing,
                 ended=self._ended_ranks,
+                tokenizer=getattr(self._user_module.trainer.datamodule, "tokenizer_folder", None),
                 rank_state={"random": random_state(self.root_device), "streams": self._streams_state()},
             )
         except BaseException:

@@ -7,6 +7,7 @@ name in the whole module.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
@@ -67,9 +68,9 @@ class CheckpointState:
         self._places: dict[tuple[Any, ...], _Place] = {}
         self._sharing = sharing if sharing is not None else range(layout.world_size)
 
-    def models(self) -> list[dict[str, Any]]:
-        """Return what is noted of the transformers models in the module."""
-        return describe_models(self._done.root)
+    def models(self, tokenizer: str | os.PathLike[str] | None) -> list[dict[str, Any]]:
+        """Return what is noted of the transformers models in the module, and of the data's tokenizer."""
+        return describe_models(self._done.root, tokenizer)
 
     def layout_sizes(self) -> dict[str, int]:
         """Return what random states of ranks depend on: the size of each axis."""

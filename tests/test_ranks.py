@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch.distributed as dist
@@ -15,7 +15,7 @@ from kenotron.ranks import RankMonitor
 
 
 @pytest.fixture
-def store() -> Iterator[dist.TCPStore]:
+def store() -> dist.TCPStore:
     return dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
 
 

@@ -278,7 +278,12 @@ def _check_published(directory: Path) -> None:
                 f"{directory} does not exist: a save to it was begun and never came to its end ({', '.join(begun)}); "
                 f"load another checkpoint"
             )
-    raise NotACheckpointError(f"{directory} is not a checkpoint: no {MANIFEST} of the format {FORMAT!r} in it")
+        raise NotACheckpointError(f"{directory} is not a checkpoint: there is no such file or folder")
+    text = f"{directory} is not a checkpoint: no {MANIFEST} of the format {FORMAT!r} in it"
+    inside = sorted(each.name for each in directory.iterdir() if is_checkpoint(each)) if directory.is_dir() else []
+    if inside:
+        text += f"; {len(inside)} are in it, of which one can be named: {', '.join(inside[-3:])}"
+    raise NotACheckpointError(text)
 
 
 def parse_manifest(data: bytes, path: Path) -> Manifest:

@@ -20,8 +20,9 @@ def run(options: argparse.Namespace) -> int:
         return 2
     tokenizer = find_tokenizer(options.path)
     largest = max(one.max_token_id for one in found)
-    told = f"largest id {largest}" + (f", tokenizer {tokenizer}" if tokenizer is not None else "")
-    print(f"{len(found)} files: {source.num_documents:,} documents, {source.num_tokens:,} tokens, {told}")
+    told = f", largest id {largest}" if largest >= 0 else ""
+    told += f", tokenizer {tokenizer}" if tokenizer is not None else ""
+    print(f"{len(found)} files: {source.num_documents:,} documents, {source.num_tokens:,} tokens{told}")
     num_wrong = sum(bool(one.problems) for one in found)
     print("sound" if not num_wrong else f"{num_wrong} of {len(found)} files are damaged")
     return 1 if num_wrong else 0

@@ -20,12 +20,14 @@ from kenotron.hf.generate import check_settings
 from kenotron.layout import ParallelLayout
 from kenotron.parallel.apply import Request, parallelize
 from kenotron.parallel.init import deferring
+from kenotron.tokenizers import load_tokenizer
 
 
 def run(options: argparse.Namespace) -> int:
     """Print each prompt with what follows it, and return the exit code."""
     sampling = {"temperature": options.temperature, "top_k": options.top_k, "top_p": options.top_p}
     try:
+        _check_source(options.checkpoint)
         check_settings(options.prompt, options.max_new_tokens, **sampling)
         tokenizer = _tokenizer(options)
         with _ranks() as device:
@@ -40,6 +42,18 @@ def run(options: argparse.Namespace) -> int:
         for prompt, text in zip(options.prompt, texts, strict=True):
             print(f"{prompt}{text}")
     return 0
+
+
+def _check_source(path: str) -> None:
+    """Raise where there is no model, before a tokenizer is looked for in the place of it."""
+    if is_checkpoint(path) or (Path(path) / "config.json").is_file():
+        return
+    if Path(path).is_dir() and not any(is_checkpoint(each) for each in Path(path).iterdir()):
+        raise ValueError(
+            f"{path} holds no model: neither manifest.json nor config.json is in it. Name a checkpoint, or a Hugging Face "
+            "directory."
+        )
+    read_manifest(path)  # which tells what is wrong with it
 
 
 def _world_size() -> int:
@@ -85,13 +99,14 @@ def _model(options: argparse.Namespace, device: torch.device) -> Any:
 
 
 def _tokenizer(options: argparse.Namespace) -> Any:
-    from transformers import AutoTokenizer
-
-    place = options.tokenizer
-    if place is None and is_checkpoint(options.checkpoint):
-        place = find_record(read_manifest(options.checkpoint), options.model, options.config).source
-    elif place is None:
-        place = options.checkpoint
-    if place is None or not (Path(place) / "tokenizer_config.json").is_file():
-        raise ValueError(f"{place or options.checkpoint} has no tokenizer. Name a directory that has one: --tokenizer DIR")
-    return AutoTokenizer.from_pretrained(place, local_files_only=True)
+    if options.tokenizer is not None:
+        return load_tokenizer(options.tokenizer)
+    place = options.checkpoint
+    if is_checkpoint(options.checkpoint):
+        place = find_record(read_manifest(options.checkpoint), options.model, options.config).source or options.config
+        if place is None:
+            raise ValueError(f"{options.checkpoint} notes no tokenizer. Name a folder that has one: --tokenizer DIR")
+    try:
+        return load_tokenizer(place)
+    except ValueError as error:
+        raise ValueError(f"{error} Here: --tokenizer DIR") from error

@@ -24,6 +24,9 @@ def run(options: argparse.Namespace) -> int:
         text = as_yaml(config, lost, options.path)
         if options.output is not None:
             Path(options.output).write_text(text)
+    except FileNotFoundError as error:
+        print(f"{error.filename}: there is no such file or folder.", file=sys.stderr)
+        return 2
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(f"{options.path}: {error}", file=sys.stderr)
         return 2

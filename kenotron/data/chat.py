@@ -24,6 +24,7 @@ import numpy as np
 from kenotron.data.made import Made, MadeCorpus, Refused, tokenizer_digest
 from kenotron.data.records import Record, records_of
 from kenotron.data.tokenize.vocabulary import Vocabulary
+from kenotron.tokenizers import load_tokenizer
 
 TooLong = Literal["cut", "drop"]
 
@@ -51,9 +52,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: str | Path, template: str = "tokenizer") -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
+        self._tokenizer = load_tokenizer(tokenizer)
         self._template = None if template == "none" else template_text(template) or self._own_template(tokenizer)
         self.has_marks = self._template is not None and bool(_GENERATION.search(self._template))
 
@@ -145,8 +144,7 @@ class ChatTemplate:
             if message["role"] != "assistant" or turn < first:
                 continue
             through = self._render(messages[: turn + 1], tools)
-            asked = self._render(messages[:turn], tools, add_generation_prompt=True)
-            before = self._render(messages[:turn], tools) if turn else ""
+            asked, before = self._before(messages, turn, tools)
             # Headers that go on differently than the answer (as with an empty thought) are prompt as far as both agree.
             begin = _num_common(asked, through)
             if begin < len(before) or not whole.startswith(through):
@@ -158,6 +156,17 @@ class ChatTemplate:
                 )
             ranges.append((begin, len(through)))
         return whole, ranges
+
+    def _before(self, messages: list[dict[str, Any]], turn: int, tools: list[Any] | None) -> tuple[str, str]:
+        """Return what stands before the assistant's turn: with the header that asks for it, and without.
+
+        transformers renders no empty conversation. Before a first turn the header is what two renderings of it begin with
+        that say different things, and what stands there without any turn is taken as part of it.
+        """
+        if turn:
+            return self._render(messages[:turn], tools, add_generation_prompt=True), self._render(messages[:turn], tools)
+        through, other = (self._render([{**messages[0], "content": text}], tools) for text in ("a", "b"))
+        return through[: _num_common(through, other)], ""
 
     def _render(self, messages: list[dict[str, Any]], tools: list[Any] | None, **settings: Any) -> str:
         text: Any = self._tokenizer.apply_chat_template(

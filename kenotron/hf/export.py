@@ -24,6 +24,7 @@ from kenotron.hf.conversions import transformers_pieces
 from kenotron.hf.names import EMBEDDINGS, Piece, model_pieces
 from kenotron.hf.record import MODEL_PREFIX, ModelRecord, record_of_directory
 from kenotron.hf.writer import HFWriter
+from kenotron.tokenizers import has_tokenizer, load_tokenizer
 
 PathLike = str | os.PathLike[str]
 
@@ -44,7 +45,8 @@ def export(
         checkpoint: one that ``KenotronStrategy`` wrote, on any layout. out: the directory to make.
         model: its name in the LightningModule, where there are several.
         config: a directory with the ``config.json`` of the model, in the place of what the checkpoint notes.
-        tokenizer: a directory with a tokenizer to put beside; ``None``: that of the directory which the model was read from.
+        tokenizer: a directory with a tokenizer to put beside; ``None``: that of the directory which the model was read from,
+            or of the data that it was trained on.
         dtype: to convert floating-point tensors to; ``None``: as they are.
         max_shard_bytes: size of a file.
 
@@ -155,8 +157,6 @@ def _read(manifest: Manifest, name: str, piece: Piece) -> torch.Tensor:
 
 
 def _write_companions(path: Path, record: ModelRecord, config: Any, tokenizer: PathLike | None, dtype: torch.dtype) -> None:
-    from transformers import AutoTokenizer
-
     config.dtype = dtype
     config.save_pretrained(path)
     if record.generation is not None:
@@ -166,7 +166,7 @@ def _write_companions(path: Path, record: ModelRecord, config: Any, tokenizer: P
     place = tokenizer if tokenizer is not None else record.source
     if place is None:
         return
-    if tokenizer is None and not (Path(place) / "tokenizer_config.json").is_file():
+    if tokenizer is None and not has_tokenizer(place):
         warnings.warn(f"{place} has no tokenizer (any more), so none is put beside; name one by tokenizer=.", stacklevel=3)
         return
-    AutoTokenizer.from_pretrained(place, local_files_only=True).save_pretrained(path)
+    load_tokenizer(place).save_pretrained(path)

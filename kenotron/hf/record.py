@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from kenotron.parallel.plan import transformers_models
+from kenotron.tokenizers import has_tokenizer
 
 MODEL_PREFIX = "model/"  #: of parameters and buffers, in the names of a checkpoint's tensors
 
@@ -25,7 +26,7 @@ class ModelRecord:
         implementation: ``"kenotron"`` for Decoder and Mamba, else ``"transformers"``.
         architecture: the class as ``config.json`` names it.
         config, generation: as in ``config.json`` and ``generation_config.json``.
-        source: the directory whose weights it began with, if any.
+        source: the directory whose weights it began with, if any, or that of the data's tokenizer if that has none.
     """
 
     name: str
@@ -81,12 +82,16 @@ def _with_floats(node: Any) -> Any:
     return [_with_floats(x) for x in node] if isinstance(node, list) else node
 
 
-def describe_models(root: nn.Module) -> list[dict[str, Any]]:
-    """Return what a checkpoint notes of each transformers model in ``root``; one that JSON can't hold is left out, and told."""
+def describe_models(root: nn.Module, tokenizer: str | os.PathLike[str] | None = None) -> list[dict[str, Any]]:
+    """Return what a checkpoint notes of each transformers model in ``root``; one that JSON can't hold is left out, and told.
+
+    Args:
+        tokenizer: the folder of the data's, for models that were read from no directory with one.
+    """
     records = []
     for name, model in transformers_models(root):
         try:
-            records.append(vars(_describe(name, model)))
+            records.append(vars(_describe(name, model, tokenizer)))
         except (TypeError, ValueError) as error:  # no reason to lose a checkpoint
             warnings.warn(
                 f"the config of {type(model).__name__} can't be noted in checkpoints ({error}): give one to export them.",
@@ -95,11 +100,13 @@ def describe_models(root: nn.Module) -> list[dict[str, Any]]:
     return records
 
 
-def _describe(name: str, model: Any) -> ModelRecord:
+def _describe(name: str, model: Any, tokenizer: str | os.PathLike[str] | None) -> ModelRecord:
     from kenotron.models.own import own_class
 
     ours = isinstance(model, own_class(model.config))
     generation, source = getattr(model, "generation_config", None), model.config._name_or_path
+    if tokenizer is not None and not (source and has_tokenizer(source)):
+        source = os.fspath(tokenizer)
     return ModelRecord.of(
         model.config,
         name,

@@ -128,7 +128,7 @@ class ModelSpec:
             if callable(found) and not isinstance(found, nn.Module):
                 found = found()
             found = _inside(found) if isinstance(found, nn.Module) else build_model(found)
-        return ModelSpec.of(found, Path(str(source)).stem if Path(str(source)).exists() else str(source))
+        return ModelSpec.of(found, name_of(source))
 
 
 def build_model(config: Any, implementation: Implementation = "auto") -> nn.Module:
@@ -193,6 +193,15 @@ def _kv_size(config: Any) -> int:
 
 def _vocabulary(module: nn.Module) -> int:
     return max((m.num_embeddings for m in module.modules() if isinstance(m, nn.Embedding)), default=0)
+
+
+def name_of(source: Any) -> str:
+    """Return the name of a model that was given by a path or an import path. A folder's may have dots: llama-3.1."""
+    path = Path(str(source))
+    if not path.exists():
+        return str(source)
+    place = path.resolve()
+    return place.stem if place.is_file() and place.name != "config.json" else (place.parent if place.is_file() else place).name
 
 
 def _names_by_parameter(module: nn.Module) -> dict[int, list[str]]:

@@ -85,6 +85,7 @@ class StreamDataBase(_DataModule):
         if on_error not in ("fail", "skip"):
             raise ValueError(f"on_error={on_error!r}: set it to 'fail' or 'skip'.")
         folder = None if tokenizer is None else Path(tokenizer).expanduser()
+        self.tokenizer_folder = folder  # which checkpoints note
         self._encoder = RowEncoder(
             column or ("input_ids" if tokenizer is None else "text"), folder, prepend_bos=prepend_bos, append_eos=append_eos
         )

@@ -136,6 +136,11 @@ class TokenDataBase(_DataModule):
         self._sample, self._processed_then, self._accumulate = 0, 0, 1
         self._trainer_then: Any = None
 
+    @functools.cached_property
+    def tokenizer_folder(self) -> Path | None:
+        """The tokenizer of the first corpus that tells its own. Checkpoints note it, for ``kenotron generate``."""
+        return _tokenizer_of(self._corpora)
+
     def _all_stages(self, weights: Mapping[str, float]) -> list[Stage]:
         first = Stage(
             start_step=0,

@@ -185,7 +185,7 @@ def test_it_runs_as_a_program_and_as_a_module(path: Path) -> None:
     assert done.returncode == 0, done.stderr
     done = run(sys.executable, "-m", "kenotron.cli", "checkpoint", "ls", "nowhere")
     assert done.returncode == 2
-    assert done.stderr == "nowhere is not a checkpoint: no manifest.json of the format 'kenotron-checkpoint' in it\n"
+    assert done.stderr == "nowhere is not a checkpoint: there is no such file or folder\n"
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -75,6 +75,22 @@ def test_what_the_assistant_says_is_learned(folder: Path, template: str, end: st
     assert ids.tolist() == tokenizer(tokenizer.apply_chat_template(TALK, tokenize=False), add_special_tokens=False)["input_ids"]
 
 
+@pytest.mark.parametrize(
+    "template", ["tokenizer", MARKED, FORGETFUL, "<s>{% if messages[0].role == 'system' %}!{% endif %}" + CHATML]
+)
+def test_a_conversation_that_the_assistant_begins_is_learned_from_its_first_word(folder: Path, template: str) -> None:
+    talk = [
+        {"role": "assistant", "content": "a"},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "Two."},
+    ]
+    end = "<|im_end|>" if template is MARKED else "<|im_end|>\n"
+    ids, learned = ChatTemplate(folder, template).encode({"messages": talk})
+    assert learned_text(folder, ids, learned) == [f"a{end}", f"Two.{end}"]
+    ids, learned = ChatTemplate(folder, template).encode({"messages": talk[:1]})
+    assert learned_text(folder, ids, learned) == [f"a{end}"]
+
+
 def test_prompts_and_completions_become_turns_or_plain_text(folder: Path) -> None:
     row = {"prompt": "One?", "completion": "Two."}
     ids, learned = ChatTemplate(folder).encode(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -115,11 +116,47 @@ def test_bad_input_is_told(tmp_path, capfd):
         (["--top-k=0"], "top_k=0"),
         (["--top-p=1.5"], "top_p=1.5"),
         (["--prompt="], "no empty one"),
-        (["--tokenizer=nowhere"], "nowhere has no tokenizer"),
+        (["--tokenizer=nowhere"], "nowhere: there is no such file or folder"),
     ]:
         assert main(["generate", str(tmp_path), "--prompt=t5", *options]) == 1
         assert text in capfd.readouterr().err
     assert main(["generate", str(tmp_path / "smaller"), "--prompt=t5 t9"]) == 1
     assert "the tokenizer gives token 9, and the model's vocabulary ends at 7" in capfd.readouterr().err
     assert main(["generate", str(tmp_path / "none"), "--prompt=t5"]) == 1
-    assert "none" in capfd.readouterr().err
+    assert "none is not a checkpoint: there is no such file or folder" in capfd.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["generate", str(tmp_path / "empty"), "--prompt=t5"]) == 1
+    assert "empty holds no model: neither manifest.json nor config.json" in capfd.readouterr().err
+    assert main(["generate", str(tmp_path), "--prompt=t5", f"--tokenizer={tmp_path / 'empty'}"]) == 1
+    assert "empty has no tokenizer: none of tokenizer.json" in capfd.readouterr().err
+
+
+def test_a_lone_tokenizer_json_is_a_tokenizer_and_checkpoints_note_that_of_the_data(tmp_path, capfd):
+    from kenotron.checkpoint import LocalTensor, save
+    from kenotron.cli import main
+    from kenotron.hf.record import describe_models
+
+    make_directory(tmp_path / "hf", "llama")
+    lone = tmp_path / "llama-3.1" / "tokenizer.json"
+    lone.parent.mkdir()
+    shutil.copyfile(tmp_path / "hf" / "tokenizer.json", lone)
+    root = torch.nn.Module()
+    root.lm = kenotron.from_hf(tmp_path / "hf")
+    weights = root.lm.state_dict().items()
+    tensors = [LocalTensor.whole(f"model/lm.{name}", value, owners=(0,)) for name, value in weights]
+    root.lm.config._name_or_path = ""  # as of a model that was read from nowhere
+    for name, tokenizer in (("noted", lone.parent), ("none", None)):
+        state = {"models": describe_models(root, tokenizer)}
+        save(tmp_path / "ckpts" / name, tensors, state, rank=0, world_size=1, save_id=name)
+    ask = ["--prompt=t5 t6", "--max-new-tokens=4"]
+    texts = []
+    for arguments in (["noted"], ["none", f"--tokenizer={lone}"], ["none", f"--tokenizer={lone.parent}"]):
+        assert main(["generate", str(tmp_path / "ckpts" / arguments[0]), *arguments[1:], *ask]) == 0
+        texts.append(capfd.readouterr().out)
+    assert texts == [texts[0]] * 3
+    assert main(["generate", str(tmp_path / "ckpts" / "none"), *ask]) == 1
+    assert "none notes no tokenizer. Name a folder that has one: --tokenizer DIR" in capfd.readouterr().err
+    assert main(["generate", str(tmp_path / "ckpts"), *ask]) == 1
+    assert "2 are in it, of which one can be named: none, noted" in capfd.readouterr().err
+    assert main(["export", str(tmp_path / "ckpts" / "noted"), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out" / "tokenizer.json").is_file()

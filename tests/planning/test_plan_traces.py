@@ -3,6 +3,7 @@ lives."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kenotron.parallel.recompute import Recompute
 from kenotron.planning.meter import Meter
-from kenotron.planning.model import ModelSpec
+from kenotron.planning.model import ModelSpec, name_of
 from kenotron.planning.trace import Cut, compute_loss, trace
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -111,3 +112,12 @@ def test_meter_counts_what_lives() -> None:
     assert meter.parts["before"].kept == 4000
     assert meter.parts["before"].in_forward == 8000
     assert three.shape == (10, 100)
+
+
+def test_a_model_is_called_after_its_folder_or_file_dots_included(tmp_path: Path) -> None:
+    folder = tmp_path / "llama-3.1-405b"
+    folder.mkdir()
+    for name in ("config.json", "llama-3.1-8b.json"):
+        (folder / name).touch()
+    places = [folder, f"{folder}/", folder / "config.json", folder / "llama-3.1-8b.json", "package.module:name"]
+    assert list(map(name_of, places)) == ["llama-3.1-405b"] * 3 + ["llama-3.1-8b", "package.module:name"]

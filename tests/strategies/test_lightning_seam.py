@@ -45,3 +45,12 @@ def test_hooks_can_be_called_as_the_loops_do(package: str) -> None:
     call = importlib.import_module(f"{package}.trainer.call")
     assert callable(call._call_callback_hooks)
     assert callable(call._call_lightning_module_hook)
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_loaders_of_the_validation_that_runs_can_be_told_from_those_of_an_earlier_fit(package: str) -> None:
+    trainer = importlib.import_module(package).Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    for fn, loop in (("fit", trainer.fit_loop.epoch_loop.val_loop), ("validate", trainer.validate_loop)):
+        loop._combined_loader = importlib.import_module(f"{package}.utilities.combined_loader").CombinedLoader([fn])
+        trainer.state.fn = fn
+        assert _lightning.validation_loaders(trainer) == [fn]
