@@ -192,11 +192,8 @@ class Persistence(StrategyBase):
         if self._uses_foreign_io or not checkpoints.is_checkpoint(checkpoint_path):
             loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
             if loaded.get("optimizer_states") and self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING:
-                _lightning.warn(
-                    self.names,
-                    f"{checkpoint_path} was not written by Kénotron: its weights, loops and schedulers are restored, its "
-                    "optimizer state is not.",
-                )
+                assert self._state is not None
+                self._state.load_whole_optimizers(loaded["optimizer_states"])
             self._forget_foreign_paths(loaded, checkpoint_path)
             return loaded
         if self._state is None:

@@ -144,12 +144,7 @@ class CheckpointState:
             whole = state_dict[name]
             if tuple(whole.shape) != tensor.global_shape:
                 raise ValueError(f"{name} has shape {tuple(whole.shape)} in the state dict and {tensor.global_shape} here.")
-            for piece in tensor.pieces:
-                target, source = tensor.tensor, whole
-                for dim, length in enumerate(piece.shape):
-                    target = target.narrow(dim, piece.local[dim], length)
-                    source = source.narrow(dim, piece.offset[dim], length)
-                target.copy_(source)
+            _copy_part(whole, tensor)
 
     def _refuse_leftovers(self, manifest: Manifest) -> None:
         names = {canonical(name) for name in self._done.root.state_dict()}
@@ -227,6 +222,44 @@ class CheckpointState:
             self._load_state_of(index, optimizer, manifest, keys)
         for offloaded in self._offloaded:
             offloaded.put_away()
+
+    @torch.no_grad()
+    def load_whole_optimizers(self, saved: Sequence[Mapping[str, Any]]) -> None:
+        """Load this rank's parts of state dicts of torch's optimizers in memory, as other strategies save them.
+
+        Raises:
+            ValueError: another number of optimizers, groups or parameters.
+        """
+        made = [[len(group["params"]) for group in optimizer.param_groups] for optimizer in self._optimizers]
+        found = [[len(group["params"]) for group in state["param_groups"]] for state in saved]
+        if made != found:
+            raise ValueError(
+                f"configure_optimizers made optimizers with groups of {made} parameters, and the checkpoint has those of "
+                f"{found}. Configure the same ones, or load weights only."
+            )
+        own = {id(param): name for name, param in self._done.named_parameters().items()}
+        for index, (optimizer, state) in enumerate(zip(self._optimizers, saved, strict=True)):
+            for group, saved_group in zip(optimizer.param_groups, state["param_groups"], strict=True):
+                group.update({key: value for key, value in saved_group.items() if key != "params"})
+                for param, number in zip(group["params"], saved_group["params"], strict=True):
+                    optimizer.state.pop(param, None)
+                    entries = state["state"].get(number)
+                    if entries and id(param) in own and self._updates_any(index, param):
+                        parts = {key: self._part_of(index, own[id(param)], param, value) for key, value in entries.items()}
+                        optimizer.state[param] = parts
+        for offloaded in self._offloaded:
+            offloaded.put_away()
+
+    def _part_of(self, index: int, name: str, param: nn.Parameter, value: Any) -> Any:
+        """Return this rank's part of a value that an optimizer keeps for a whole parameter."""
+        if not isinstance(value, Tensor):
+            return value
+        share = self._share_of(index, param)
+        if not value.ndim or tuple(value.shape) != self._done.shards.of(name, param).global_shape:
+            return value.clone()
+        part = torch.zeros_like(share, dtype=value.dtype, requires_grad=False)
+        _copy_part(value, self._state_tensor(index, name, "", param, part))
+        return part
 
     def _load_state_of(self, index: int, optimizer: Optimizer, manifest: Manifest, keys: Mapping[str, Sequence[str]]) -> None:
         group_of = {id(param): group for group in optimizer.param_groups for param in group["params"]}
@@ -341,6 +374,16 @@ class CheckpointState:
     def _first(self, ranks: Iterable[int]) -> int:
         """Return which of several ranks writes what all of them hold, for those that share its file system."""
         return min(rank for rank in ranks if rank in self._sharing)
+
+
+def _copy_part(whole: Tensor, part: LocalTensor) -> None:
+    """Fill what lies here of a tensor from the whole of it."""
+    for piece in part.pieces:
+        target, source = part.tensor, whole
+        for dim, length in enumerate(piece.shape):
+            target = target.narrow(dim, piece.local[dim], length)
+            source = source.narrow(dim, piece.offset[dim], length)
+        target.copy_(source)
 
 
 _NUMBERS = {"bool": torch.bool, "int": torch.int64, "float": torch.float64}

@@ -83,6 +83,15 @@ def test_resume_on_the_same_layout_is_bit_for_bit(pool: RankPool, name: str, tmp
         assert (rest[0]["weights"][key] == value).all(), key
 
 
+@pytest.mark.parametrize("name", ["one", "dp2", pytest.param("dp2-zero3", marks=SLOW), "tp2-pp2"])
+def test_a_run_of_lightnings_own_strategy_goes_on_with_its_optimizer(pool: RankPool, name: str, tmp_path: Path) -> None:
+    whole, rest = resumed(pool, (1, None), LAYOUTS[name], tmp_path)
+    for part in rest:
+        assert len(part["losses"]) == 6
+        close(part["losses"], whole[0]["losses"][3:], where="losses")
+        close(part["weights"], whole[0]["weights"], 1e-4, where="weights")
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", pytest.param("sgd", marks=SLOW)])
 @pytest.mark.parametrize(
     ("first", "second"),
