@@ -67,6 +67,8 @@ class GradientReducer:
 
     def _launch(self) -> None:
         self._buckets[self._launched].launch(self.group, self.divisor, self._averages)
+        if self._launched:  # not those of this one: hooks of the user's may look at them now
+            self._buckets[self._launched - 1].free_gradients()
         self._launched += 1
 
     def finish(self) -> None:
@@ -79,60 +81,70 @@ class GradientReducer:
 
 
 class _Bucket:
-    """Parameters of one dtype and device whose gradients travel together, and a flag for each: does it have one?"""
+    """Parameters of one dtype and device whose gradients travel together, and a flag for each: does it have one?
+
+    The memory in which they travel is that of the averaged gradients, and is freed with them.
+    """
 
     def __init__(self, params: Sequence[nn.Parameter]) -> None:
         self.params = list(params)
         self.ready: set[int] = set()
+        self._had: list[bool] = []  # a gradient on this rank
         self._buffer: Tensor | None = None
-        self._views: list[Tensor] = []
         self._work: dist.Work | None = None
 
     @property
     def is_ready(self) -> bool:
         return len(self.ready) == len(self.params)
 
-    def _allocate(self) -> Tensor:
-        if self._buffer is None:
-            first, numel = self.params[0], sum(p.numel() for p in self.params)
-            self._buffer = torch.zeros(numel + len(self.params), dtype=first.dtype, device=first.device)
-            parts = self._buffer[:numel].split([p.numel() for p in self.params])
-            self._views = [part.view(p.shape) for part, p in zip(parts, self.params, strict=True)]
-        return self._buffer
+    def _views(self, buffer: Tensor) -> list[Tensor]:
+        parts = buffer[: -len(self.params)].split([param.numel() for param in self.params])
+        return [part.view(param.shape) for part, param in zip(parts, self.params, strict=True)]
 
     @torch.no_grad()
     def launch(self, group: dist.ProcessGroup, divisor: int, averages: bool) -> None:
         """Start to average; ``averages``: the group's backend can do so, otherwise it is done while gradients are copied."""
-        buffer = self._allocate()
-        pairs = list(zip(self._views, self.params, strict=True))
-        if averages:
-            fresh = [(view, p.grad) for view, p in pairs if p.grad is not None and p.grad.data_ptr() != view.data_ptr()]
-            if fresh:
-                torch._foreach_copy_([view for view, _ in fresh], [grad for _, grad in fresh])
-        for view, param in pairs:
+        first, numel = self.params[0], sum(param.numel() for param in self.params)
+        self._buffer = buffer = torch.empty(numel + len(self.params), dtype=first.dtype, device=first.device)
+        self._had = [param.grad is not None for param in self.params]
+        present: list[tuple[Tensor, Tensor]] = []
+        for view, param in zip(self._views(buffer), self.params, strict=True):
             if param.grad is None:
                 view.zero_()
-            elif not averages:
-                torch.mul(param.grad, 1 / divisor, out=view)
-        flags = buffer[-len(self.params) :]
-        flags.fill_(1)
-        for index, param in enumerate(self.params):
-            if param.grad is None:
+                continue
+            if param.grad.layout != torch.strided:
+                raise ValueError(
+                    f"a parameter of shape {tuple(param.shape)} has a gradient of layout {param.grad.layout}, and gradients "
+                    "are averaged dense. Set sparse=False where the module is made (nn.Embedding, nn.EmbeddingBag)."
+                )
+            present.append((view, param.grad))
+        if averages and present:
+            torch._foreach_copy_([view for view, _ in present], [grad for _, grad in present])
+        for view, grad in () if averages else present:
+            torch.mul(grad, 1 / divisor, out=view)
+        flags = buffer[numel:].fill_(1)
+        for index, had in enumerate(self._had):
+            if not had:
                 flags[index] = 0
         operation = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
         self._work = dist.all_reduce(buffer, operation, group=group, async_op=True)
 
+    def free_gradients(self) -> None:
+        """Let go of this rank's own gradients, which have been copied."""
+        for param in self.params:
+            param.grad = None
+
     @torch.no_grad()
     def collect(self) -> None:
+        """Give parameters the averaged gradients."""
         assert self._work is not None and self._buffer is not None
         self._work.wait()
-        self._work = None
-        self.ready.clear()
         flags = self._buffer[-len(self.params) :]
-        for index, (param, view) in enumerate(zip(self.params, self._views, strict=True)):
+        for index, (param, view) in enumerate(zip(self.params, self._views(self._buffer), strict=True)):
             # A parameter that no replica used keeps no gradient; the flag is read only where this rank has none.
-            if param.grad is not None or flags[index] > 0:
-                param.grad = view
+            param.grad = view if self._had[index] or flags[index] > 0 else None
+        self._work = self._buffer = None
+        self.ready.clear()
 
 
 def _buckets(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

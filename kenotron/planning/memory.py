@@ -192,7 +192,7 @@ class _Rank:
         """Gradients during the forward pass: those of the last update, or of the microbatches before."""
         if self.choice.is_sharded:
             return self.shard
-        return self.whole * (2 if self.accumulates and self.choice.replicas > 1 else 1)
+        return self.whole
 
     def _gathered(self, at: int, *, forward: bool) -> tuple[float, float]:
         """Return bytes of whole parameters beside the shards, and of what is being gathered."""
@@ -208,13 +208,17 @@ class _Rank:
         """Return bytes of finished gradients, and of those which travel, during the backward pass of one part."""
         size, name = self.sizes[at], self.where.names[at]
         if not self.choice.is_sharded:
-            buckets = self.whole if self.choice.replicas > 1 else 0.0
-            return (self.whole if self._adds() else done), buckets
+            return (self.whole if self._adds() else done), self._buckets()
         if not name.startswith("block"):
             return self.shard, 0.0 if name == "after" else self.root
         # Its own on their way, and those of the block before until they have arrived; what surrounds blocks goes last.
         before = self.where.names[at + 1] if at + 1 < len(self.where.names) else "after"
         return self.shard, size + (min(done, size) if before.startswith("block") else 0.0)
+
+    def _buckets(self) -> float:
+        """Bytes of gradients that are there twice: two buckets, of replicas that average."""
+        averages = not self.choice.is_sharded and self.choice.replicas > 1
+        return min(self.whole, 2.0 * BUCKET_BYTES) if averages else 0.0
 
     def _update(self) -> Memory:
         job = self.job
@@ -252,7 +256,7 @@ class _Rank:
             kept_of[stage] = kept_of.get(stage, 0.0) + part.kept.at(x)
         kept = sum(count * kept_of[stage] for stage, count in flying.items())
         received = self._received()
-        buckets = self.whole if not self.choice.is_sharded and self.choice.replicas > 1 else 0.0
+        buckets = self._buckets()
         sharded, zero = self.choice.is_sharded, self.choice.layout.zero_stage
         gradients = self.shard if sharded else self.whole
         whole = self.whole if sharded and zero < 3 else self.root if sharded else 0.0
