@@ -73,8 +73,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         tp: tensor-parallel ranks. pp: pipeline ranks. cp: context-parallel ranks.
         ep: expert-parallel ranks, borrowed from ``dp_shard × cp``.
         dp: data-parallel ranks; ``"auto"`` takes what the world leaves. dp_replicate: copies of the sharded state (HSDP).
-        zero_stage: 0 replicates, 1 shards the optimizer's state and leaves whole, plain parameters, 2 and 3 are FSDP2's: 2 keeps
-            parameters from the forward to the backward pass, 3 frees them after use.
+        zero_stage: 0 replicates; 1 shards the optimizer's state and leaves parameters whole and plain; 2 and 3 are FSDP2's:
+            2 keeps gathered parameters from the forward to the backward pass, 3 frees them after use.
         sequence_parallel: cut hidden states along the sequence between tensor-parallel regions.
         schedule: ``"1f1b"``, ``"afab"``, ``"interleaved_1f1b"``; experimental: ``"interleaved_zero_bubble"``, ``"zbv"``.
         microbatches: into how many parts a batch is split under pp.
@@ -89,8 +89,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         compile: let torch compile each block.
         async_tp: in compiled blocks under sequence parallelism, transfers travel behind the products beside them, on GPUs that
             can read each other's memory.
-        gather_bf16: under ``precision="bf16-mixed"`` weights that ZeRO 2 and 3 shard are gathered, and used, as bfloat16: half the
-            traffic, and autocast makes no copies. Weights stay float32, and so do the sums of gradients.
+        gather_bf16: under ``precision="bf16-mixed"`` weights that ZeRO 2 and 3 shard are gathered, and used, as bfloat16: half
+            the traffic, and autocast makes no copies. Weights stay float32, and so do the sums of gradients.
         plan: what becomes of each module, as a ``ParallelPlan`` or a mapping of name patterns to styles.
         auto: what the planner is told. It chooses whatever of ``tp``, ``pp``, ``cp``, ``ep``, ``dp_replicate``, ``zero_stage``,
             ``sequence_parallel`` and ``recompute`` is ``"auto"``.
