@@ -32,7 +32,7 @@ class ReplicasDifferError(RuntimeError):
 class WeightChecksums(L.Callback):
     """Compare what several ranks hold of the parameters, bit for bit, every so many optimizer steps.
 
-    That is all that is there more than once: data-parallel replicas (of ``zero_stage`` 0 and 1, or ``dp_replicate``), parameters
+    That is all that is there more than once: data-parallel replicas (``zero_stage`` 0 and 1, ``dp_replicate``), parameters
     that tensor and context parallelism leave whole, KV heads that ranks share, weights that pipeline stages tie. With
     ``zero_stage`` 2 and 3 data-parallel ranks hold parts, each of which is there once.
 
