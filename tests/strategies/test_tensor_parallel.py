@@ -34,16 +34,17 @@ EMBEDDINGS: dict[str, Any] = {kind.__name__: kind for kind in (nn.Embedding, Sca
 
 
 class Block(nn.Module):
-    """Linears are called by keyword, and a hook changes what the second one returns."""
+    """Linears are called by keyword, with a parameter between them, and a hook changes what the second one returns."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.7))
         self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH, bias=False)
         self.down.register_forward_hook(lambda m, args, out: out.tanh())
         self.up.register_forward_hook(lambda m, args, out: None)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = x + self.down(input=torch.tanh(self.up(input=x)))
+        hidden: Tensor = x + self.down(input=torch.tanh(self.slope * self.up(input=x)))
         return hidden
 
 
@@ -57,6 +58,7 @@ class Odd(Classifier):
         if compiles:
             self.layers[0].up = torch.compile(self.layers[0].up, backend="eager")  # type: ignore[assignment]
         self.head = nn.Linear(WIDTH, CLASSES + 1)
+        self.sharpness = nn.Parameter(torch.tensor(1.5))  # of logits that are split
 
     def parallel_plan(self) -> dict[str, str]:
         cuts = {"layers.*.up": "colwise", "layers.*.down": "rowwise"}
@@ -66,7 +68,7 @@ class Odd(Classifier):
         hidden: Tensor = self.embed((x.sigmoid() * BINS).long()).sum(1)
         for layer in self.layers:
             hidden = layer(hidden)
-        logits: Tensor = self.head(input=hidden)
+        logits: Tensor = self.sharpness * self.head(input=hidden)
         return logits
 
 
@@ -87,6 +89,24 @@ class Parametrised(Classifier):
     def __init__(self) -> None:
         super().__init__(depth=1)
         self.layers[0].up = parametrizations.weight_norm(nn.Linear(WIDTH, 2 * WIDTH, bias=False))
+
+
+class Gated(nn.Module):
+    """What is between the linears is multiplied by something that came around the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = x + self.down(torch.tanh(self.up(x)) * x.mean(-1, keepdim=True))
+        return hidden
+
+
+class Leaking(Classifier):
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        self.layers[0] = Gated()
 
 
 @pytest.mark.parametrize(
