@@ -34,6 +34,7 @@ from kenotron.parallel.random import OwnStream
 from kenotron.parallel.recompute import Recompute, compile_blocks
 from kenotron.parallel.shards import Shards, canonical
 from kenotron.parallel.shares import ShareCheck
+from kenotron.parallel.vocab_weight import stepping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +116,9 @@ class Parallelized:
         return {id(param): math.prod(self.shards.of(name, param).global_shape) // ranks for name, param in params}
 
     def enclose(self, call: Callable[[], Any]) -> Any:
-        """Run ``call()`` with the root's own parameters at hand."""
-        return call() if self.sharded is None else self.sharded.enclose(call)
+        """Run ``call()``, a step, with the root's own parameters at hand."""
+        with stepping():
+            return call() if self.sharded is None else self.sharded.enclose(call)
 
     def before_backward(self, *, last_microbatch: bool, sync: bool) -> None:
         """Prepare the next backward pass (see ``FullySharded.before_backward``)."""

@@ -128,9 +128,7 @@ def test_a_window_that_the_mask_alone_knows_is_refused() -> None:
     q = torch.zeros(1, 2, 3, 4)
     tape = Tape(masks={(True, 4)})
     assert tape.note(nn.Identity(), q, q[:, :1], q[:, :1], True, 4).shape == (1, 3, 2, 4)
-    with pytest.raises(
-        ValueError, match=r"Identity has causal=True, window=None, but.* of causal=True, window=4"
-    ):
+    with pytest.raises(ValueError, match=r"Identity has causal=True, window=None, but.* of causal=True, window=4"):
         tape.note(nn.Identity(), q, q, q, True, None)
 
 

@@ -51,9 +51,10 @@ class Block(nn.Module):
 class Odd(Classifier):
     """Features are binned and looked up; blocks are those of above, one of them with a compiled linear."""
 
-    def __init__(self, embedding: str = "ScaledEmbedding", compiles: bool = True, **lookup: Any) -> None:
+    def __init__(self, embedding: str = "ScaledEmbedding", compiles: bool = True, fused: bool = False, **lookup: Any) -> None:
         super().__init__(depth=0)
         self.embed = EMBEDDINGS[embedding](BINS, WIDTH, **lookup)  # type: ignore[assignment]
+        self.fused = fused
         self.layers = nn.ModuleList(Block() for _ in range(2))
         if compiles:
             self.layers[0].up = torch.compile(self.layers[0].up, backend="eager")  # type: ignore[assignment]
@@ -68,14 +69,17 @@ class Odd(Classifier):
         hidden: Tensor = self.embed((x.sigmoid() * BINS).long()).sum(1)
         for layer in self.layers:
             hidden = layer(hidden)
+        if self.fused:  # outside of the head, as fused losses do
+            assert self.head.weight.shape[0] == CLASSES + 1
+            return self.sharpness * F.linear(hidden, self.head.weight, self.head.bias)
         logits: Tensor = self.sharpness * self.head(input=hidden)
         return logits
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"embedding": "Embedding", "compiles": False, "padding_idx": 17, "scale_grad_by_freq": True}],
-    ids=["scaled embedding", "embedding by frequency"],
+    [{}, {"embedding": "Embedding", "compiles": False, "fused": True, "padding_idx": 17, "scale_grad_by_freq": True}],
+    ids=["scaled embedding", "embedding by frequency, fused head"],
 )
 def test_odd_modules_train_like_one_process(settings: dict[str, Any], pool: RankPool, tmp_path: Path) -> None:
     task = {"settings": settings, "trainer": {"max_epochs": 1}, "val_rows": 0}
@@ -107,6 +111,11 @@ class Leaking(Classifier):
     def __init__(self) -> None:
         super().__init__(depth=1)
         self.layers[0] = Gated()
+
+
+class OwnProduct(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ (self.head.weight @ self.head.weight.T)
 
 
 @pytest.mark.parametrize(
