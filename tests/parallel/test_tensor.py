@@ -17,7 +17,7 @@ from kenotron.parallel import sequence, tensor
 from kenotron.parallel.plan import ParallelPlan, find_plan
 from kenotron.parallel.region import Region
 from kenotron.parallel.shards import Shards
-from kenotron.parallel.shares import gradients_met
+from kenotron.parallel.shares import ShareCheck, gradients_met
 from kenotron.parallel.tensor import TensorParallel
 
 
@@ -124,6 +124,16 @@ def test_leaves_without_collectives_have_whole_gradients() -> None:
     a, b = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     group: Any = None
     assert gradients_met([(a * b.detach()).sum(), torch.zeros(())], group) == {a: {0}}
+
+
+def test_parameters_beside_split_linears_want_a_first_step_without_compiling() -> None:
+    group: Any = None
+    shards = Shards(tp=2)
+    cut = TensorParallel(group=group, rank=0, size=2, shards=shards, device=torch.device("cpu"))
+    root = nn.ModuleDict({"mlp": nn.ModuleDict({"down": nn.Linear(8, 8, bias=False)})})
+    cut.apply(root, {"mlp.down": "rowwise"})
+    for further, expected in ((["mlp.down.weight", "norm.weight"], False), (["mlp.act.alpha"], True)):
+        assert ShareCheck(group, shards, {"mlp"}, further).needs_graph is expected
 
 
 # ---- Sequences ---------------------------------------------------------------------------------------------------------
