@@ -27,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from kenotron.models.autocast import compute_dtype, is_autocasting
 from kenotron.parallel.collectives import Group, all_gather_stack, group_rank, group_size, reduce_from
 from kenotron.parallel.vocab import wide
+from kenotron.parallel.vocab_weight import VocabularyWeight
 
 
 class LinearCrossEntropy(NamedTuple):
@@ -74,6 +75,8 @@ def linear_cross_entropy(
         ValueError: ``labels`` are not one per hidden state, ``softcap`` is not positive, or a label is outside the vocabulary
             (on CUDA: a device-side assert, as in torch).
     """
+    if isinstance(weight, VocabularyWeight):  # a head's, under tensor parallelism
+        weight, group = weight.own, weight.group
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} for hidden states of shape {tuple(hidden.shape)}: each hidden state needs "

@@ -29,11 +29,13 @@ from kenotron.parallel.expert import ExpertParallel
 from kenotron.parallel.expert_load import ExpertLoads
 from kenotron.parallel.float8 import Float8
 from kenotron.parallel.grads import GradientNorm, OwedSums
+from kenotron.parallel.plain import enclosing
 from kenotron.parallel.plan import ParallelPlan, find_plan, pipeline_hints
 from kenotron.parallel.random import OwnStream
 from kenotron.parallel.recompute import Recompute, compile_blocks
 from kenotron.parallel.shards import Shards, attributes, canonical
 from kenotron.parallel.shares import ShareCheck
+from kenotron.parallel.vocab_weight import stepping
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,8 +117,11 @@ class Parallelized:
         return {id(param): math.prod(self.shards.of(name, param).global_shape) // ranks for name, param in params}
 
     def enclose(self, call: Callable[[], Any]) -> Any:
-        """Run ``call()`` with the root's own parameters at hand."""
-        return call() if self.sharded is None else self.sharded.enclose(call)
+        """Run ``call()``, a step, with the root's own parameters at hand."""
+        is_seen_through = self.shares is None or not self.shares.needs_graph
+        stance = contextlib.nullcontext() if is_seen_through else torch.compiler.set_stance("force_eager")
+        with stepping(), stance:
+            return call() if self.sharded is None else self.sharded.enclose(call)
 
     def before_backward(self, *, last_microbatch: bool, sync: bool) -> None:
         """Prepare the next backward pass (see ``FullySharded.before_backward``)."""
@@ -324,7 +329,8 @@ def _tensor_parallel(
     tp.apply(root, styles, itertools.chain.from_iterable(found.split for found in regions.values()))
     sequence.apply_sequence_parallel(root, regions, runs, tp)
     done.shards.use_canonical_names(done.aliases)
-    done.shares = ShareCheck(group, done.shards)
+    parents = {canonical(enclosing(name)) for name, style in styles.items() if style in ("rowwise", "packed_rowwise")}
+    done.shares = ShareCheck(group, done.shards, parents, map(canonical, dict(root.named_parameters())))
     return _groups_of_shared_heads(done.shards, mesh)
 
 

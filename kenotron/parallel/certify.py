@@ -29,10 +29,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kenotron.parallel.entry import BlockEntry, Call
+from kenotron.parallel.expert import call_of, find_experts
+from kenotron.parallel.expert_load import ExpertsCall
 
 _CALLS = 3  # of attention, until it is enough
 _BATCH = 2
 _TOLERANCE = 1e-3
+_SMALL = 1 << 16  # elements of a parameter that may as well be there
 
 
 class UnfitError(ValueError):
@@ -119,6 +122,8 @@ def check_mask(rule: Callable[..., Any]) -> None:
 def _numbers(like: Tensor, generator: torch.Generator) -> Tensor:
     """Return a tensor of the shape of ``like`` in little memory, whose rows differ."""
     size = max(1, sum(like.shape))
+    if like.is_floating_point() and like.numel() <= _SMALL:
+        return torch.rand(like.shape, generator=generator) - 0.5
     if not like.is_floating_point():
         line = torch.zeros(size, dtype=like.dtype)
         return line.as_strided(like.shape, (0,) * like.ndim)
@@ -144,7 +149,15 @@ def _stand_in(model: nn.Module) -> Any:
     for module in found.modules():
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
             module.forward = _thin_product(module.in_features, module.out_features, generator)  # type: ignore[method-assign]
+    for module in find_experts(found).values():
+        module.forward = functools.partial(_thin_experts, call_of(module))
     return found
+
+
+def _thin_experts(call: ExpertsCall, *args: Any, **kwargs: Any) -> Tensor:
+    """Stand for experts, whose matrices are the most of many a model: by what each token's weights are."""
+    hidden, _, weights = call.bind(args, kwargs)
+    return hidden.tanh() * weights.reshape(*hidden.shape[:-1], -1).square().sum(-1, keepdim=True)
 
 
 def _thin_product(width: int, out: int, generator: torch.Generator) -> Callable[[Tensor], Tensor]:

@@ -11,7 +11,7 @@ that the plan leaves whole and that is found
 - among both, has a mixture that no sum makes right: hidden states went into split ones without passing the entry of a
   column-wise linear. That is refused.
 
-Compiled code is one node of the graph: what lies inside is not seen.
+Compiled code is one node of the graph, and what lies inside is not seen. So the first step runs uncompiled where it matters.
 """
 
 from __future__ import annotations
@@ -79,19 +79,27 @@ class ShareCheck:
 
     Args:
         group: the tp axis. shards: what is cut, and which gradients are shares as far as the plan says so; others are added.
+        parents: modules around row-wise linears. names: of all parameters.
     """
 
     _PASSES = 8  # a step may have several, of which each reaches other parameters
 
-    def __init__(self, group: ProcessGroup, shards: Shards) -> None:
+    def __init__(self, group: ProcessGroup, shards: Shards, parents: Iterable[str] = (), names: Iterable[str] = ()) -> None:
         self._group, self._partial = group, shards.partial
         self._cut = {name for name, shard in shards.by_name.items() if shard.dim is not None}
+        inside = tuple(f"{parent}." if parent else "" for parent in parents)
+        self._may_owe = any(name.startswith(inside) for name in set(names) - self._cut - self._partial)
         self._unseen: set[str] | None = None
         self._left = self._PASSES
 
     @property
     def is_done(self) -> bool:
         return self._left == 0
+
+    @property
+    def needs_graph(self) -> bool:
+        """Tell whether blocks must run uncompiled now: parameters beside split linears were not seen in a graph yet."""
+        return self._may_owe and not self.is_done
 
     def look(self, outputs: Iterable[Any], params: Mapping[str, nn.Parameter], root: nn.Module) -> None:
         """Find what is owed of the gradients of ``outputs``. All tp ranks call it with the same graph.

@@ -51,6 +51,7 @@ from kenotron.parallel.random import OwnStream, draws_masks
 from kenotron.parallel.region import SEQUENCE_DIM, Region
 from kenotron.parallel.shards import Shards, TensorShard, canonical, set_part
 from kenotron.parallel.vocab_modules import spread_embedding
+from kenotron.parallel.vocab_weight import show_part
 
 #: Where a row-wise linear with a bias keeps what multiplies by its weight: float8 puts another product there.
 PRODUCT = "_kenotron_product"
@@ -177,6 +178,7 @@ class TensorParallel:
                 return None
             return _with_input(args, kwargs, self._shared.share)
 
+        show_part(head, self.rank * head.weight.shape[0], self.group)
         head.register_forward_pre_hook(enter, with_kwargs=True)
         head.register_forward_hook(leave, with_kwargs=True, prepend=True)
 
@@ -377,6 +379,7 @@ class TensorParallel:
         segments = self._even(module.num_embeddings, 1, "vocabulary")
         self._cut_parameter(root, module, "weight", name, 0, segments, (self.rank,))
         spread_embedding(module, segments[0][0], self.group)
+        show_part(module, segments[0][0], self.group)
 
     def _cut_norm(self, root: nn.Module, module: nn.Module, name: str) -> None:
         check_norm(module, name)

@@ -57,7 +57,7 @@ class _Rows:
     def __init__(self, module: nn.Module) -> None:
         weight = module._parameters["weight"]
         assert weight is not None
-        self.dtype, self.device, self._kind = weight.dtype, weight.device, type(module).__mro__[2]
+        self.dtype, self.device, self._kind = weight.dtype, weight.device, type(module)
 
     def _refuse(self, *args: Any, **kwargs: Any) -> Any:
         raise ValueError(

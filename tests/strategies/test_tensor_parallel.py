@@ -34,29 +34,32 @@ EMBEDDINGS: dict[str, Any] = {kind.__name__: kind for kind in (nn.Embedding, Sca
 
 
 class Block(nn.Module):
-    """Linears are called by keyword, and a hook changes what the second one returns."""
+    """Linears are called by keyword, with a parameter between them, and a hook changes what the second one returns."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.slope = nn.Parameter(torch.tensor(0.7))
         self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH, bias=False)
         self.down.register_forward_hook(lambda m, args, out: out.tanh())
         self.up.register_forward_hook(lambda m, args, out: None)
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden: Tensor = x + self.down(input=torch.tanh(self.up(input=x)))
+        hidden: Tensor = x + self.down(input=torch.tanh(self.slope * self.up(input=x)))
         return hidden
 
 
 class Odd(Classifier):
     """Features are binned and looked up; blocks are those of above, one of them with a compiled linear."""
 
-    def __init__(self, embedding: str = "ScaledEmbedding", compiles: bool = True, **lookup: Any) -> None:
+    def __init__(self, embedding: str = "ScaledEmbedding", compiles: bool = True, fused: bool = False, **lookup: Any) -> None:
         super().__init__(depth=0)
         self.embed = EMBEDDINGS[embedding](BINS, WIDTH, **lookup)  # type: ignore[assignment]
+        self.fused = fused
         self.layers = nn.ModuleList(Block() for _ in range(2))
         if compiles:
             self.layers[0].up = torch.compile(self.layers[0].up, backend="eager")  # type: ignore[assignment]
         self.head = nn.Linear(WIDTH, CLASSES + 1)
+        self.sharpness = nn.Parameter(torch.tensor(1.5))  # of logits that are split
 
     def parallel_plan(self) -> dict[str, str]:
         cuts = {"layers.*.up": "colwise", "layers.*.down": "rowwise"}
@@ -66,14 +69,17 @@ class Odd(Classifier):
         hidden: Tensor = self.embed((x.sigmoid() * BINS).long()).sum(1)
         for layer in self.layers:
             hidden = layer(hidden)
-        logits: Tensor = self.head(input=hidden)
+        if self.fused:  # outside of the head, as fused losses do
+            assert self.head.weight.shape[0] == CLASSES + 1
+            return self.sharpness * F.linear(hidden, self.head.weight, self.head.bias)
+        logits: Tensor = self.sharpness * self.head(input=hidden)
         return logits
 
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"embedding": "Embedding", "compiles": False, "padding_idx": 17, "scale_grad_by_freq": True}],
-    ids=["scaled embedding", "embedding by frequency"],
+    [{}, {"embedding": "Embedding", "compiles": False, "fused": True, "padding_idx": 17, "scale_grad_by_freq": True}],
+    ids=["scaled embedding", "embedding by frequency, fused head"],
 )
 def test_odd_modules_train_like_one_process(settings: dict[str, Any], pool: RankPool, tmp_path: Path) -> None:
     task = {"settings": settings, "trainer": {"max_epochs": 1}, "val_rows": 0}
@@ -87,6 +93,29 @@ class Parametrised(Classifier):
     def __init__(self) -> None:
         super().__init__(depth=1)
         self.layers[0].up = parametrizations.weight_norm(nn.Linear(WIDTH, 2 * WIDTH, bias=False))
+
+
+class Gated(nn.Module):
+    """What is between the linears is multiplied by something that came around the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Tensor = x + self.down(torch.tanh(self.up(x)) * x.mean(-1, keepdim=True))
+        return hidden
+
+
+class Leaking(Classifier):
+    def __init__(self) -> None:
+        super().__init__(depth=1)
+        self.layers[0] = Gated()
+
+
+class OwnProduct(Odd):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) @ (self.head.weight @ self.head.weight.T)
 
 
 @pytest.mark.parametrize(
