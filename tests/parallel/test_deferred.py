@@ -168,6 +168,16 @@ def test_what_cannot_be_right_is_told():
         values([Place.of(copied)])
 
 
+def test_memory_whose_device_is_named_is_real():
+    with recording():
+        memory = torch.zeros(3, device="cpu")
+        np.from_dlpack(memory)[:] = 2
+        weight = nn.Parameter(torch.empty(3))
+        weight.data.copy_(memory)
+    place = Place.of(weight)
+    assert place is not None and place.value().tolist() == [2, 2, 2]
+
+
 def test_a_saved_state_dict_loads_inside_of_a_recording(tmp_path: Path):
     state = nn.Linear(3, 3).state_dict()
     torch.save(state, tmp_path / "state.pt")
