@@ -264,7 +264,7 @@ def _fill(manifest: Manifest, parts: Iterable[_Part]) -> None:
     _read(manifest, in_place)
     others.sort(key=lambda part: (part.piece.file, part.piece.begin))
     small = [cut for part in others for cut in _split(part)]
-    staging = torch.empty(min(_STAGING_BYTES, sum(map(_staged_bytes, small))), dtype=torch.uint8)
+    staging = torch.empty(min(_STAGING_BYTES, sum(map(_staged_bytes, small))), dtype=torch.uint8, device="cpu")
     for batch in _batches(small):
         staged = _stage(batch, staging)
         _read(manifest, staged)

@@ -120,7 +120,7 @@ class HFDirectory:
             raise ValueError(f"{self.path} has no tensor {name!r}; it has {', '.join(near)} and others, see names()")
         dtype, shape, file = self.tensors[name]
         wanted = box_in(shape, box, name)
-        result = torch.empty(wanted.shape, dtype=dtype) if out is None else out
+        result = torch.empty(wanted.shape, dtype=dtype, device="cpu") if out is None else out
         check_is_plain(result, name)
         if not result.is_cpu or result.shape != wanted.shape:
             given = f"{list(result.shape)} on {result.device}"
@@ -208,7 +208,7 @@ class _Source:
 
     def __init__(self, path: Path, begin: int, shape: tuple[int, ...], item_bytes: int) -> None:
         self._path, self._begin, self._shape, self._item_bytes = path, begin, shape, item_bytes
-        self._staging = bytes_of(torch.empty(STAGING_BYTES, dtype=torch.uint8))  # costs nothing until it is used
+        self._staging = bytes_of(torch.empty(STAGING_BYTES, dtype=torch.uint8, device="cpu"))  # costs nothing until it is used
         self._descriptor = -1
 
     def __enter__(self) -> Self:
@@ -251,7 +251,7 @@ def _lies_in_order(tensor: torch.Tensor) -> bool:
 def _read_and_copy(source: _Source, box: Box, dtype: torch.dtype, out: torch.Tensor) -> None:
     """Fill a tensor whose memory does not take the bytes as they are, through a small one."""
     max_items = STAGING_BYTES // dtype.itemsize
-    staging = torch.empty(min(max_items, box.volume), dtype=dtype)
+    staging = torch.empty(min(max_items, box.volume), dtype=dtype, device="cpu")
     for part in parts_of(box.shape, max_items):
         staged = staging[: part.volume]
         offset = tuple(start + more for start, more in zip(box.offset, part.offset, strict=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -21,16 +21,41 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def _whole(param: nn.Parameter) -> list[Tensor]:
+    return [local(_gradient(param))]
+
+
 @torch.no_grad()
-def sum_gradients(params: Sequence[nn.Parameter], group: dist.ProcessGroup) -> None:
-    """Sum the gradients of ``params`` over ``group`` in one collective per dtype; a missing one counts as zero."""
-    _sum([local(_gradient(param)) for param in params], group)
+def sum_gradients(
+    params: Sequence[nn.Parameter],
+    group: dist.ProcessGroup,
+    parts: Callable[[nn.Parameter], Iterable[Tensor]] = _whole,
+) -> None:
+    """Sum the gradients of ``params`` over ``group`` in one collective per dtype; a missing one counts as zero.
+
+    What no rank has a gradient of keeps none, so that optimizers leave it alone: flags follow in a small collective.
+
+    Args:
+        parts: what is summed of each gradient.
+    """
+    missing = [param.grad is None for param in params]
+    _sum((part for param in params for part in parts(param)), group)
+    flags = torch.tensor([0.0 if none else 1.0 for none in missing], device=params[0].device)
+    dist.all_reduce(flags, group=group)
+    if any(missing):  # the flags are read only where this rank has no gradient
+        for param, none, flag in zip(params, missing, flags, strict=True):
+            if none and not flag > 0:
+                param.grad = None
 
 
 def _gradient(param: nn.Parameter) -> Tensor:
     if param.grad is None:
         param.grad = torch.zeros_like(param)
     return param.grad
+
+
+def _gradient_rows(param: nn.Parameter, start: int, length: int) -> Tensor:
+    return local(_gradient(param)).narrow(0, start, length)
 
 
 def _sum(tensors: Iterable[Tensor], group: dist.ProcessGroup) -> None:
@@ -80,15 +105,21 @@ class OwedSums:
             if members:
                 sum_gradients(members, group)
         for size, group in self._kv_groups.items():
-            _sum(self._shared_rows(params, size), group)
+            rows = self._shared_rows(params, size)
+            if rows:
+                sum_gradients(
+                    list(rows), group, lambda param, rows=rows: [_gradient_rows(param, *each) for each in rows[param]]
+                )
 
-    def _shared_rows(self, params: Mapping[str, nn.Parameter], size: int) -> Iterator[Tensor]:
-        """Yield the gradients of rows that ``size`` tp ranks hold."""
+    def _shared_rows(self, params: Mapping[str, nn.Parameter], size: int) -> dict[nn.Parameter, list[tuple[int, int]]]:
+        """Return the rows, as start and length, that ``size`` tp ranks hold."""
+        found: dict[nn.Parameter, list[tuple[int, int]]] = defaultdict(list)
         for name in sorted(self._shards.shared_kv & params.keys()):
             for param in _trained({name}, params):
                 for start, length, ranks in held_rows(self._shards.by_name[name], param):
                     if len(ranks) == size:
-                        yield local(_gradient(param)).narrow(0, start, length)
+                        found[param].append((start, length))
+        return found
 
     def members(self, params: Mapping[str, nn.Parameter]) -> list[nn.Parameter]:
         """Return the parameters whose gradients `pay` sums, all of them or some rows."""

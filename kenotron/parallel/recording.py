@@ -117,11 +117,11 @@ class _Operators(TorchDispatchMode):
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Compute for real."""
-        self._is_paused = True
+        before, self._is_paused = self._is_paused, True
         try:
             yield
         finally:
-            self._is_paused = False
+            self._is_paused = before
 
     def _on_recorded(self, func: Any, args: Any, kwargs: Any) -> Any:
         mutated = _mutated(func, args, kwargs)
@@ -278,6 +278,9 @@ class _Functions(TorchFunctionMode):
             args = (self._with_values(args[0]), *args[1:]) if args else args
             if device is not None and torch.device(device).type == "meta":
                 kwargs = {**kwargs, "device": torch.device("cpu")}  # the meta device would lose what it is made of
+        elif device is not None and torch.device(device).type != "meta":
+            with self._operators.paused():  # whoever names a device may fill the memory by other means than operators
+                return func(*args, **kwargs)
         return func(*args, **kwargs)
 
     def _with_values(self, data: Any) -> Any:

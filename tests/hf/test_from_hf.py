@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaForCausalLM
 
 from kenotron.hf import ModelMismatchError, ShardTruncatedError, from_hf
 from kenotron.models import Decoder, Mamba
+from kenotron.parallel.init import deferring, materialize, places_of
+from kenotron.parallel.shards import Shards
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "models"))
 from decoder_families import FAMILIES, configuration, on_disk
@@ -178,3 +180,97 @@ def test_what_old_directories_hold_besides_is_left_alone(tmp_path):
     ours = from_hf(tmp_path / "b")
     assert ours.lm_head.weight is ours.model.embed_tokens.weight
     assert torch.equal(ours.lm_head.weight, theirs.lm_head.weight)
+
+
+@pytest.mark.parametrize(("key", "value", "wanted"), [("vocab_size", 56, "[56, 32]"), ("intermediate_size", 80, "[80, 32]")])
+def test_shapes_are_those_of_the_model_also_of_transformers_own(tmp_path, key, value, wanted):
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("gpt_neox", **sizes)).save_pretrained(tmp_path)
+    change(tmp_path, **{key: value})
+    with pytest.raises(ModelMismatchError) as caught:
+        from_hf(tmp_path)
+    assert f"has shape [64, 32], the configuration wants {wanted}" in str(caught.value)
+
+
+def test_experts_that_are_missing_are_told(tmp_path):
+    saved(tmp_path, "mixtral")
+    config = json.loads((tmp_path / "config.json").read_text())
+    change(tmp_path, num_local_experts=config["num_local_experts"] + 1)
+    with pytest.raises(ModelMismatchError, match=r"tensors\) make up the shape .* the model's model\.layers\.0\.mlp\.experts"):
+        from_hf(tmp_path, implementation="transformers")
+
+
+BERT = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def test_the_class_is_the_one_that_architectures_names(tmp_path):
+    theirs = BertForMaskedLM(BertConfig(**BERT))
+    theirs.save_pretrained(tmp_path)
+    ours = from_hf(tmp_path)
+    assert type(ours) is BertForMaskedLM
+    assert torch.equal(ours.eval()(ids()).logits, theirs.eval()(ids()).logits)
+    with pytest.raises(ValueError, match="the directory holds a BertForMaskedLM"):
+        from_hf(tmp_path, implementation="kenotron")
+    change(tmp_path, architectures=["BertForMaskedLanguage"])
+    with pytest.raises(ValueError, match=r"no such model, but .*BertForMaskedLM"):
+        from_hf(tmp_path)
+    change(tmp_path, architectures=["LlamaForCausalLM"])
+    with pytest.raises(ValueError, match=r"wants a LlamaConfig.*model_type='bert'"):
+        from_hf(tmp_path)
+
+
+def test_parameters_that_are_not_made_by_factories_are_read(tmp_path):
+    """XLNet's are ``torch.FloatTensor(…)``, which no device context reaches."""
+    sizes = {"vocab_size": 96, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 40}
+    theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model("xlnet", **sizes))
+    theirs.save_pretrained(tmp_path)
+    expected, found = theirs.state_dict(), from_hf(tmp_path).state_dict()
+    assert expected.keys() == found.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+class Scaled(LlamaForCausalLM):
+    """A module inside has a buffer that the whole model's ``_init_weights`` fills, as FalconH1 has."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.layers[0].register_buffer("scales", torch.empty(4), persistent=False)
+        self.post_init()
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if hasattr(module, "scales"):
+            module.scales.copy_(torch.arange(4.0))
+
+
+def test_a_buffer_that_the_models_initialiser_fills_has_its_values(tmp_path, monkeypatch):
+    saved(tmp_path)
+    monkeypatch.setattr("transformers.LlamaForCausalLM", Scaled)
+    assert from_hf(tmp_path, implementation="transformers").model.layers[0].scales.tolist() == [0, 1, 2, 3]
+
+
+def test_what_is_done_to_a_model_after_it_was_read_counts(tmp_path):
+    """In ``configure_model`` nothing is read yet when user code changes weights."""
+    theirs = saved(tmp_path)
+    with deferring():
+        ours = from_hf(tmp_path, implementation="transformers")
+        ours.resize_token_embeddings(100, mean_resizing=False)
+        torch.nn.init.zeros_(ours.model.layers[0].mlp.down_proj.weight)
+        ours.model.layers[1] = Adapted(ours.model.layers[1])
+    materialize(ours, Shards(), {}, places_of(ours), 0, torch.device("cpu"))
+    assert torch.equal(ours.model.embed_tokens.weight[:96], theirs.model.embed_tokens.weight)
+    assert not ours.model.layers[0].mlp.down_proj.weight.any()
+    assert torch.equal(ours.model.layers[1].inner.mlp.up_proj.weight, theirs.model.layers[1].mlp.up_proj.weight)
+
+
+class Adapted(torch.nn.Module):
+    """Gives the weights of a layer other names."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+
+def change(path: Path, **settings: object) -> None:
+    """Change the configuration of a directory, and not its tensors."""
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **settings}))
