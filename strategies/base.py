@@ -15,6 +15,7 @@ from kenotron.parallel.random import OwnStream, RandomStreams
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.guard import StepGuard
+from kenotron.strategies.hooks import HookRelay
 from kenotron.strategies.loss import TokenCount
 from kenotron.strategies.settings import CheckpointSettings
 from kenotron.strategies.state import CheckpointState
@@ -41,6 +42,9 @@ class StrategyBase(_LightningStrategy):
     _mesh: DeviceMesh | None
     _dp_group: dist.ProcessGroup
     _host_pp_group: dist.ProcessGroup
+    _peers: dist.ProcessGroup  # the ranks that share this one's samples
+    _hooks: HookRelay | None
+    _example_input: Any
     _monitor: RankMonitor | None
     _done: Parallelized | None
     _steps: PipelineSteps | None

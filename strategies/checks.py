@@ -43,8 +43,8 @@ def adopt_optimizer(optimizer: Any, done: Parallelized, world_size: int) -> None
         if foreign and world_size > 1:
             raise ValueError(
                 f"{type(optimizer).__name__} has {len(foreign)} parameters that are none of the LightningModule's (shapes "
-                f"{', '.join(map(str, foreign[:4]))}{', …' if len(foreign) > 4 else ''}). Make them nn.Parameters of the module, "
-                "and make the optimizer in configure_optimizers, from self.parameters()."
+                f"{', '.join(map(str, foreign[:4]))}{', …' if len(foreign) > 4 else ''}). Make them nn.Parameters of the "
+                "module, and make the optimizer in configure_optimizers, from self.parameters()."
             )
 
 

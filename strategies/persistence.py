@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from kenotron import checkpoint as checkpoints
 from kenotron.checkpoint import LocalTensor
 from kenotron.strategies import _lightning
+from kenotron.strategies.agreement import agree
 from kenotron.strategies.base import StrategyBase
 from kenotron.strategies.checkpointing import (
     LOADED_IN_PLACE,
@@ -53,6 +54,8 @@ class Persistence(StrategyBase):
             raise ValueError("storage_options belong to a CheckpointIO plugin; KenotronStrategy writes files itself.")
         check_path(filepath)
         checkpointer = self.checkpointer
+        if self.world_size > self._dp_size and not self._is_failing:
+            checkpoint = agree(checkpoint, self._peers, self._state.last_rank, self._state.shapes())
         if self._guards:
             checkpoint = {**checkpoint, _GUARDS: [guard.state_dict() for guard in self._guards.values()]}
         save_training(

@@ -31,8 +31,9 @@ _COMPARED_CALLS = 64  # where nothing is trained
 _PATIENCE_S = 15.0  # with a rank that is slow or gone: the collective itself waits, or fails
 _END = "nothing more in this step"
 _UNLIKE = (
-    "Under zero_stage=3 every rank must run the same layers in the same order, since each has a part of all of them: FSDP would "
-    "mix their weights. Let all ranks run all layers (on samples of zeros whose loss counts 0), or set zero_stage to 2 or less."
+    "Under zero_stage=3 every rank must run the same layers in the same order, since each has a part of all of them: FSDP "
+    "would mix their weights. Let all ranks run all layers (on samples of zeros whose loss counts 0), or set "
+    "zero_stage to 2 or less."
 )
 
 _instances = itertools.count()
