@@ -182,11 +182,11 @@ class Report(L.Callback):
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
         assert outputs is not None and "loss" in outputs
+        if trainer.is_global_zero:
+            pl_module.log("own", 7.0, rank_zero_only=True)
         pl_module.log("logits", outputs["logits"].square().mean())
         pl_module.log("rows", float(len(outputs["logits"])))
         pl_module.log("largest", outputs["largest"])
-        if trainer.is_global_zero:
-            pl_module.log("own", 7.0, rank_zero_only=True)
 
     def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
         pl_module.log("val_rows", float(outputs["rows"]), on_epoch=True)
@@ -221,7 +221,7 @@ class Shown(Classifier):
         self.log("train_loss", loss, prog_bar=True, sync_dist=True)
         self.log("own", loss, prog_bar=True)
         self.log("sum", rows, prog_bar=True, reduce_fx="sum", on_epoch=True, on_step=False)
-        self.log("max", loss, prog_bar=True, reduce_fx="max", on_epoch=True, on_step=False)
+        self.log("max", batch[0].max(), prog_bar=True, reduce_fx="max", on_epoch=True, on_step=False)
         return loss
 
 
