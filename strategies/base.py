@@ -17,6 +17,7 @@ from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.environments import find_mpi
 from kenotron.strategies.guard import StepGuard
+from kenotron.strategies.hooks import HookRelay
 from kenotron.strategies.kept import Beliefs
 from kenotron.strategies.loss import TokenCount
 from kenotron.strategies.settings import CheckpointSettings
@@ -45,6 +46,9 @@ class StrategyBase(_LightningStrategy):
     _mesh: DeviceMesh | None
     _dp_group: dist.ProcessGroup
     _host_pp_group: dist.ProcessGroup
+    _peers: dist.ProcessGroup  # the ranks that share this one's samples
+    _hooks: HookRelay | None
+    _example_input: Any
     _monitor: RankMonitor | None
     _last_monitor: RankMonitor | None
     _announcements: dist.Store | None

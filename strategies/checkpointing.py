@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from kenotron import checkpoint as checkpoints
@@ -146,6 +147,14 @@ def random_state(device: torch.device) -> dict[str, Any]:
         "numpy": np.random.get_state(legacy=True),
         "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
     }
+
+
+def share_random_state(group: dist.ProcessGroup) -> None:
+    """Let ranks that share samples draw the same numbers from ``random`` and numpy, as the first of them would."""
+    box: list[Any] = [(random.getstate(), np.random.get_state(legacy=True))]
+    dist.broadcast_object_list(box, group=group, group_src=0)
+    random.setstate(box[0][0])
+    np.random.set_state(box[0][1])
 
 
 def set_random_state(state: Mapping[str, Any], device: torch.device) -> None:

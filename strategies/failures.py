@@ -111,6 +111,10 @@ class Failures(StrategyBase):
             self._let_go()
 
     def _let_go(self) -> None:
+        if self._hooks is not None:
+            self._hooks.undo()
+        if self._example_input is not None and self._lightning_module is not None:
+            self._lightning_module.example_input_array, self._example_input = self._example_input, None
         if self._monitor is not None:
             self._monitor.close()
             self._last_monitor, self._monitor = self._monitor, None  # a save after fit still asks it who lives
@@ -165,7 +169,7 @@ def tell_in_a_line(error: BaseException, rank: int, failure: str) -> None:
 
 _NOT_PICKLED = (
     "_mesh", "_dp_group", "_host_pp_group", "_monitor", "_last_monitor", "_announcements", "_done", "_steps", "_state",
-    "_tokens", "_streams", "_held_checkpointer", "_nodes", "_updates",
+    "_tokens", "_streams", "_held_checkpointer", "_nodes", "_updates", "_hooks", "_peers",
 )  # fmt: skip
 
 

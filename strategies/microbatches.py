@@ -195,21 +195,38 @@ def shape_key(value: Any) -> Any:
     return type(value).__name__
 
 
-def check_same_batch(batch: Any, dp_rank: int) -> None:
-    """Raise ``ValueError`` on all ranks where ranks of one data-parallel coordinate hold different batches."""
+def check_same_batch(batch: Any, group: dist.ProcessGroup, batch_idx: int) -> None:
+    """Raise ``ValueError`` on all ranks of a group, which share samples, where they hold different batches.
+
+    The first batches of each loader are compared, then fewer and fewer: a generator of a rank's own shows sooner or later.
+    """
+    if batch_idx & (batch_idx - 1):
+        return
+    found: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, _checksum(batch), group=group)
+    if len(set(found)) > 1:
+        raise ValueError(
+            f"ranks {dist.get_process_group_ranks(group)} share their samples, but loaded different batches (number "
+            f"{batch_idx} of the loader). Shuffle and augment by a seed that does not depend on the rank "
+            "(lightning.seed_everything), and split data over trainer.strategy.distributed_sampler_kwargs, not over the "
+            "global rank and the world's size."
+        )
+
+
+def _checksum(value: Any) -> int:
     checksum = 0
-    for tensor in tensors(batch):
+    for tensor in tensors(value):
         data = tensor.detach().cpu().contiguous().view(-1)
         checksum = crc32c(data.view(torch.uint8).numpy().data, checksum)
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (dp_rank, checksum))
-    for coordinate in {rank for rank, _ in found}:
-        ranks = [i for i, (rank, _) in enumerate(found) if rank == coordinate]
-        if len({found[i][1] for i in ranks}) > 1:
-            raise ValueError(
-                f"ranks {ranks} share the samples of data-parallel rank {coordinate}, but loaded different batches. Shuffle by "
-                "a seed that does not depend on the rank (lightning.seed_everything), and no sampler by global rank."
-            )
+    return crc32c("\0".join(_words(value)).encode(errors="replace"), checksum)
+
+
+def _words(value: Any) -> Iterator[str]:
+    """Yield the texts and numbers in a batch."""
+    if isinstance(value, str | int | float):
+        yield str(value)
+    for part in _parts(value):
+        yield from _words(part)
 
 
 def tensors(value: Any) -> Iterator[Tensor]:

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from kenotron import checkpoint as checkpoints
 from kenotron.checkpoint import FolderClaim, LocalTensor
 from kenotron.strategies import _lightning
+from kenotron.strategies.agreement import agree
 from kenotron.strategies.base import StrategyBase
 from kenotron.strategies.callback_paths import forget_foreign_paths, paths_of, take_paths
 from kenotron.strategies.checkpointing import (
@@ -61,6 +62,8 @@ class Persistence(StrategyBase):
         filepath = self._path_of_rank_0(filepath, save_id := self._next_save_id())
         check_path(filepath)
         checkpointer = self.checkpointer
+        if self.world_size > self._dp_size and not self._is_failing:
+            checkpoint = agree(checkpoint, self._peers, self._state.last_rank, self._state.shapes())
         if self._guards:
             checkpoint = {**checkpoint, _GUARDS: [guard.state_dict() for guard in self._guards.values()]}
         callbacks = self._user_module.trainer.checkpoint_callbacks

@@ -97,13 +97,22 @@ class CheckpointState:
                 lazy = local(value).data_ptr() == local(params[key]).data_ptr()
                 yield self._boxed(_MODEL + key, key, value, params[key], lazy=lazy)
             else:
-                owner = self._first(self._ranks_of_stage(name) if name in buffers else self._sharing)
+                owner = self._first(self._ranks_of_stage(name) if name in buffers else self._ranks_at_the_end())
                 yield LocalTensor.whole(_MODEL + name, local(value), owners=(owner,))
 
     def parameters(self) -> list[LocalTensor]:
         """Return what this rank has of each parameter, by the name in the module."""
         params = self._done.named_parameters().items()
         return [self._boxed(name, name, param.detach(), param, lazy=True) for name, param in params]
+
+    def shapes(self) -> set[tuple[int, ...]]:
+        """Return the shapes of parameters as they lie on this rank."""
+        return {tuple(local(param).shape) for param in self._done.named_parameters().values()}
+
+    @property
+    def last_rank(self) -> int:
+        """The first rank of the last pipeline stage among those that share this one's samples."""
+        return self._layout.rank_at(self._done.last_pp_rank, self._where.dp_replicate, self._where.dp_shard, 0, 0)
 
     def aliases(self) -> dict[str, str]:
         """Return the further names of tied weights, as the checkpoint knows them."""
@@ -364,9 +373,15 @@ class CheckpointState:
         return self._first_holders[stages]
 
     def _ranks_of_stage(self, name: str) -> list[int]:
-        """Return the ranks that have a buffer: those of this stage, or all."""
+        """Return the ranks that have a buffer: those of this stage; of what lies in no unit, those at the end."""
         cut = self._done.cut
-        return self._ranks_of(range(self._layout.pp) if cut is None or cut.stage_of(name) is None else (self._where.pp,))
+        return self._ranks_at_the_end() if cut is None or cut.stage_of(name) is None else self._ranks_of((self._where.pp,))
+
+    def _ranks_at_the_end(self) -> list[int]:
+        """Return the ranks of the last stage: only those run a step to its end."""
+        ranks = self._ranks_of((self._done.last_pp_rank,))
+        # On nodes that share no file system each writes its own.
+        return ranks if not set(ranks).isdisjoint(self._sharing) else list(self._sharing)
 
     def _ranks_of(self, stages: Sequence[int]) -> list[int]:
         return [self._layout.rank_at(*where) for where in itertools.product(stages, *map(range, self._layout.sizes[1:]))]

@@ -6,7 +6,7 @@ All ranks of a pipeline have the same batch, and the same random numbers around 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,7 +62,7 @@ class PipelineSteps:
         weigh: Callable[[float], None],
         *,
         is_last_batch: bool,
-    ) -> Tensor:
+    ) -> Any:
         """Run forward and backward of one batch.
 
         Args:
@@ -72,7 +72,8 @@ class PipelineSteps:
             is_last_batch: of the epoch; it may have fewer samples.
 
         Returns:
-            The mean loss of this data-parallel rank's batch, the same on every stage (0-dim, detached).
+            The mean loss of this data-parallel rank's batch, the same on every stage (0-dim, detached). On the last stage,
+            where the step returned a dictionary: with what else is in that, of the whole batch.
         """
         counts = self._count_samples(batch, is_last_batch) if self._splitter.splits else 1
         number = self._splitter.number(leaves(counts))
@@ -81,12 +82,13 @@ class PipelineSteps:
             weights = [size / counts for size in shares(counts, number)]
         calls: list[Sequence[Call]] = [()] * number
         losses: list[StepLoss | None] = [None] * number
+        outputs: list[Any] = [None] * number
 
         def run(index: int) -> Tensor:
             weigh(weights[index] / accumulate)
             with self._microbatch(context) as recorded:
                 output = step(microbatches[index], *rest)
-            calls[index] = recorded
+            calls[index], outputs[index] = recorded, output
             loss = losses[index] = StepLoss.of(output, of_microbatch=True)
             return scale(self._tokens.to_differentiate(loss, weights[index] / accumulate))
 
@@ -104,7 +106,7 @@ class PipelineSteps:
         self._relay.replay(merged)
         if not self._knows_form:  # stages that do not reach the loss learn its form from the first batch
             self._tokens.uses_sums, self._knows_form = self.share(self._tokens.uses_sums), True
-        return mean
+        return {"loss": mean, **merge_outputs(outputs, weights)} if isinstance(outputs[-1], Mapping) else mean
 
     def _count_samples(self, batch: Any, is_last_batch: bool) -> Any:
         own = getattr(self._module, NUM_SAMPLES, None)
@@ -164,8 +166,8 @@ class PipelineSteps:
     def run_hook(self, hook: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run a module hook that may use what its steps collected, which only the last stage has.
 
-        Other stages run it too (it may change the module), but their log calls are dropped, and an error there is one
-        of missing results.
+        Other stages run it too (it may change the module), but only what the last stage does not log counts there (a rank may
+        log for itself alone), and an error there is one of missing results.
         """
         result, calls = None, None
         with recording(self._module) as recorded:
@@ -175,8 +177,32 @@ class PipelineSteps:
                 with contextlib.suppress(Exception):
                     result = hook(*args, **kwargs)
         _, merged = self._relay.send(calls)
-        self._relay.replay(merged)
+        shared = {call.name for call in merged}
+        self._relay.replay([*merged, *(call for call in recorded if call.name not in shared)])
         return result
+
+
+def merge_outputs(outputs: Sequence[Any], weights: Sequence[float]) -> dict[str, Any]:
+    """Return what the steps of microbatches returned beside the loss, of the whole batch.
+
+    Rows are put together, numbers averaged by the size of microbatches; of anything else it is that of the last one.
+    """
+    merged: dict[str, Any] = {}
+    for key in outputs[-1]:
+        values = [output[key].detach() if isinstance(output[key], Tensor) else output[key] for output in outputs]
+        if key == "loss":
+            continue
+        if len(values) == 1 or not all(isinstance(value, Tensor) for value in values):
+            merged[key] = values[-1]
+        elif key == "num_tokens":
+            merged[key] = torch.stack(values).sum()
+        elif values[0].ndim:
+            merged[key] = torch.cat(values)
+        elif values[0].is_floating_point():
+            merged[key] = sum(weight * value for weight, value in zip(weights, values, strict=True))
+        else:
+            merged[key] = values[-1]
+    return merged
 
 
 def _to_cpu(value: Any) -> Any:

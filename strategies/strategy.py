@@ -42,10 +42,11 @@ from kenotron.parallel.recompute import Recompute, RecomputeMode
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.auto import choose, take_apart
-from kenotron.strategies.checkpointing import check_path
+from kenotron.strategies.checkpointing import check_path, share_random_state
 from kenotron.strategies.checks import adopt_optimizer, check_callbacks, check_pipelined
 from kenotron.strategies.collectives import Collectives
 from kenotron.strategies.guard import Guard, StepGuard, check_precision_of_guard
+from kenotron.strategies.hooks import HookRelay, hide_example_input
 from kenotron.strategies.kept import Beliefs
 from kenotron.strategies.logs import LogRelay
 from kenotron.strategies.loss import TokenCount
@@ -59,11 +60,6 @@ from kenotron.strategies.training import Training
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-
-#: Hooks that may use what steps collected, and so have it on the last pipeline stage alone.
-_HOOKS_WITH_RESULTS = tuple(
-    f"on_{stage}_{event}_end" for stage in ("train", "validation", "test") for event in ("batch", "epoch")
-)
 
 
 class KenotronStrategyBase(Training, Persistence, Collectives):
@@ -192,6 +188,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._announcements: dist.Store | None = None
         self._done: Parallelized | None = None
         self._steps: PipelineSteps | None = None
+        self._hooks: HookRelay | None = None
+        self._example_input: Any = None
         self._state: CheckpointState | None = None
         self._tokens: TokenCount | None = None
         self._sync = True
@@ -226,6 +224,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
                 self._expert_mesh = self._layout.expert_mesh(self.root_device.type, settings.timeout)
             self._dp_group = flatten(self._mesh, "dp_replicate", "dp_shard", name="dp").get_group()
             self._host_pp_group = self._host_group()
+            self._peers = self._group_of_peers()
         self._nodes = self._find_nodes(default_store())
         _lightning.set_device_mesh(self._user_module, self._mesh)
         self._agree_on_seed()
@@ -280,12 +279,21 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         own: dist.ProcessGroup = made[0]
         return own
 
+    def _group_of_peers(self) -> dist.ProcessGroup:
+        """Return the group, for data on the host, of the ranks that share this one's samples."""
+        assert self._mesh is not None
+        by_samples = self._mesh.mesh.permute(1, 2, 0, 3, 4).reshape(self._dp_size, -1).tolist()
+        own: dist.ProcessGroup = dist.new_subgroups_by_enumeration(by_samples, backend="gloo")[0]
+        return own
+
     def _agree_on_seed(self) -> None:
         """Where the user set no seed, take rank 0's: ranks that share samples must shuffle alike."""
         seed, self._run_id = self.broadcast((torch.initial_seed(), self._run_id))
         if "PL_GLOBAL_SEED" not in os.environ and self.layout.pp * self.layout.tp * self.layout.cp > 1:
             torch.manual_seed(seed)
         self._seed = seed % 2**31
+        if self.world_size > self._dp_size:
+            share_random_state(self._peers)
 
     @contextlib.contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Generator[None, None, None]:
@@ -341,6 +349,9 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             self._connect_ranks(trainer, module)
         if self._done.cut is not None:
             self._connect_pipeline(trainer, module)
+        self._example_input = hide_example_input(
+            module, trainer, self.names, is_cut=self._done.cut is not None, is_whole=self._done.is_whole
+        )
         if fitting and self.world_size > 1:
             self._say_who_does_what()
         self.barrier()
@@ -518,23 +529,8 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         self._steps = PipelineSteps(module, pipeline, splitter, relay, self._streams, self._tokens, done.experts)
         if trainer.state.fn == self.names.TrainerFn.FITTING:
             _lightning.skip_backward(trainer)
-        for name in _HOOKS_WITH_RESULTS:
-            self._relay_hook(module, name)
-
-    def _relay_hook(self, module: Any, name: str) -> None:
-        hook = getattr(module, name)
-        hook = getattr(hook, "_kenotron_original", hook)
-        if not self.names.is_overridden(name, module):
-            return
-        steps = self._steps
-        assert steps is not None
-
-        @functools.wraps(hook)
-        def relayed(*args: Any, **kwargs: Any) -> Any:
-            return steps.run_hook(hook, args, kwargs)
-
-        relayed._kenotron_original = hook  # type: ignore[attr-defined]
-        module.__dict__[name] = relayed
+        self._hooks = HookRelay(self.names, self._steps)
+        self._hooks.apply(module, trainer.callbacks)
 
     def model_to_device(self) -> None:
         """Nothing: parameters are moved when they have been cut."""

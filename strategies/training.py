@@ -36,11 +36,14 @@ class Training(Failures):
             self._sync = True
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """At the start of an epoch: ranks that share samples must have loaded the same ones."""
+        """Ranks that share samples must have loaded the same ones."""
         if self._held_checkpointer is not None:
             self._beliefs.mend(self._user_module.trainer.checkpoint_callbacks, self._held_checkpointer)
-        if batch_idx == 0 and self.world_size > self._dp_size:
-            check_same_batch(batch, self.layout.dp_rank(self.global_rank))
+        self._check_same_batch(batch, batch_idx)
+
+    def _check_same_batch(self, batch: Any, batch_idx: Any) -> None:
+        if self.world_size > self._dp_size and isinstance(batch_idx, int):
+            check_same_batch(batch, self._peers, batch_idx)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         assert self._done is not None
@@ -71,7 +74,7 @@ class Training(Failures):
             self._reshard()
         return output
 
-    def _pipelined_training_step(self, batch: Any, *rest: Any) -> Tensor:
+    def _pipelined_training_step(self, batch: Any, *rest: Any) -> Any:
         module, package = self._user_module, self.names.package
         trainer = module.trainer
         assert self._steps is not None
@@ -79,7 +82,7 @@ class Training(Failures):
         if batch_idx % accumulate == 0:
             _lightning.zero_grad(trainer, batch_idx, self.optimizers[0])
         scaler = getattr(self.precision_plugin, "scaler", None)
-        loss = self._steps.train(
+        output = self._steps.train(
             module.training_step,
             batch,
             rest,
@@ -89,11 +92,12 @@ class Training(Failures):
             weigh=self._weight_auxiliary_losses,
             is_last_batch=trainer.is_last_batch,
         )
+        loss = output["loss"] if isinstance(output, Mapping) else output
         _lightning.call_hook(trainer, package, "on_before_backward", loss)
         if self._sync:
             self._finish_gradients()
         _lightning.call_hook(trainer, package, "on_after_backward")
-        return loss
+        return output
 
     def _weight_auxiliary_losses(self, weight: float) -> None:
         """Let losses that layers attach count beside one that is ``weight`` of the update's mean, or a sum over tokens."""
@@ -256,9 +260,10 @@ class Training(Failures):
     def _evaluate(self, name: str, context: Callable[[], Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         assert self._done is not None
         step = getattr(self._user_module, name)
+        batch, *rest = (*args, *kwargs.values())
         try:
+            self._check_same_batch(batch, rest[0] if rest else 0)
             if self._steps is not None:
-                batch, *rest = (*args, *kwargs.values())
                 return self._steps.evaluate(step, batch, tuple(rest), context)
             with context():
                 return self._done.enclose(lambda: step(*args, **kwargs))

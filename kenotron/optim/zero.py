@@ -48,6 +48,10 @@ class Rows(NamedTuple):
         """Return these rows of a tensor, as a view."""
         return tensor.narrow(0, self.start, self.length)
 
+    def dense(self, tensor: Tensor) -> Tensor:
+        """Return these rows without gaps between elements, which fused optimizers take for granted."""
+        return self.of(tensor).contiguous()
+
 
 def granularity_of(optimizer: Optimizer) -> Granularity:
     """Return what the ranks can divide among them, of what an optimizer updates."""
@@ -197,11 +201,11 @@ class ShardedUpdate:
                 whole, grad = param.data, param.grad
                 self._whole[param] = whole, grad
                 param.grad = None  # it must have the parameter's shape at any time
-                param.data = rows.of(whole)
+                param.data = rows.dense(whole)
                 # Rows that are none still have state, so that each rank knows of every parameter; a whole parameter is one
                 # rank's business.
                 if rows.length or self.granularity == "rows":
-                    param.grad = rows.of(grad)
+                    param.grad = rows.dense(grad)
 
     @torch.no_grad()
     def restore(self) -> list[nn.Parameter]:
@@ -212,7 +216,7 @@ class ShardedUpdate:
             param.grad = None
             param.data = whole
             param.grad = grad
-            if part.numel() and part.data_ptr() != place.data_ptr():  # an optimizer that replaces what it updates
+            if part.numel() and part.data_ptr() != place.data_ptr():  # copied, or replaced by the optimizer
                 place.copy_(part)
         self._whole.clear()
         return restored

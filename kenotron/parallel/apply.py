@@ -78,7 +78,7 @@ class Parallelized:
         root: the module. shards: what this rank holds of each parameter.
         cut: the pipeline cut, if ``pp > 1``. experts: the ep axis, if ``ep > 1``. loads: of experts, if there are any.
         sharded: FSDP2's part; reducers: those of plain replicas.
-        num_parameters: of the whole module.
+        num_parameters: of the whole module. last_pp_rank: the pipeline rank of the last stage.
     """
 
     root: nn.Module
@@ -95,6 +95,13 @@ class Parallelized:
     shares: ShareCheck | None = None
     buffers: SharedBuffers | None = None
     num_parameters: int = 0
+    last_pp_rank: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every rank has all of the module, and runs it by itself."""
+        layout = self.layout
+        return self.sharded is None and layout.tp == layout.pp == layout.cp == layout.ep == 1
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
         """Return this rank's parameters by canonical name (that of the whole module), without those of other stages."""
@@ -238,6 +245,7 @@ def _cut(
     local = pipeline.local_stages(request.schedule, layout.pp, request.virtual_stages, pp_rank)
     done.cut = Cut(root, names, owner, blocks, local)
     ranks = {stage: pipeline.rank_of_stage(request.schedule, layout.pp, stage) for stage in range(num_stages)}
+    done.last_pp_rank = ranks[num_stages - 1]
     _find_holders(done, ranks)
     _drop_other_stages(done)
     return _groups_of_holders(done.shards, mesh)

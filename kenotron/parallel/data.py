@@ -99,7 +99,7 @@ class _Bucket:
 
     def _views(self, buffer: Tensor) -> list[Tensor]:
         parts = buffer[: -len(self.params)].split([param.numel() for param in self.params])
-        return [part.view(param.shape) for part, param in zip(parts, self.params, strict=True)]
+        return [_laid_out_like(param, part) for part, param in zip(parts, self.params, strict=True)]
 
     @torch.no_grad()
     def launch(self, group: dist.ProcessGroup, divisor: int, averages: bool) -> None:
@@ -145,6 +145,14 @@ class _Bucket:
             param.grad = view if self._had[index] or flags[index] > 0 else None
         self._work = self._buffer = None
         self.ready.clear()
+
+
+def _laid_out_like(param: Tensor, flat: Tensor) -> Tensor:
+    """Return ``flat`` in a parameter's shape and, where that has no gaps, its strides, as fused optimizers expect."""
+    extent = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1
+    if param.is_contiguous() or extent != param.numel() or 0 in param.stride():
+        return flat.view(param.shape)
+    return flat.as_strided(param.shape, param.stride(), flat.storage_offset())
 
 
 def _buckets(params: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:

@@ -130,8 +130,8 @@ def take_over(old: nn.Parameter, new: nn.Parameter) -> nn.Parameter:
         return new
     new.__dict__.update(attributes(old))
     hand_on_hooks(old, new)
-    if old._post_accumulate_grad_hooks:  # type: ignore[attr-defined]
-        new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks  # type: ignore[attr-defined]
+    if old._post_accumulate_grad_hooks:
+        new._post_accumulate_grad_hooks = old._post_accumulate_grad_hooks
     shape = tuple(old.shape)
     if type(old) is nn.Parameter:
         old.__class__ = ReplacedParameter

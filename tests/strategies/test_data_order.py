@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import random
 from typing import Any
 
 import lightning as L
+import numpy as np
+import pytest
 import torch
-from strategy_helpers import FEATURES, Classifier
+from strategy_helpers import FEATURES, Classifier, make_trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -70,6 +73,47 @@ def test_shuffling_agrees_where_the_user_set_no_seed(pool: RankPool) -> None:
     (first, error), (second, _) = pool.run(train, 2, None, False)
     assert not error
     assert first == second
+
+
+class Late(Dataset[tuple[Tensor, Tensor]]):
+    """Rows that are the same on all ranks but for one, and that only in one stage."""
+
+    def __init__(self, row: int | None) -> None:
+        self.row = row
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        x = torch.arange(float(FEATURES)) + random.random() + np.random.rand()
+        return x + (int(os.environ["RANK"]) if index == self.row else 0), torch.tensor(index % 3)
+
+
+class Stages(Classifier):
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.loss(batch)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> Any:
+        return self(batch[0])
+
+
+def run_stage(stage: str, row: int | None, strategy: dict[str, int]) -> str:
+    random.seed(int(os.environ["RANK"]))  # the strategy lets them agree
+    np.random.seed(int(os.environ["RANK"]))
+    trainer = make_trainer(strategy, max_epochs=1)
+    try:
+        getattr(trainer, stage)(Stages(), DataLoader(Late(row), batch_size=4))
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("strategy", [{"pp": 2}, {"tp": 2}], ids=["pp2", "tp2"])
+def test_every_loader_is_compared_in_every_stage(pool: RankPool, stage: str, strategy: dict[str, int]) -> None:
+    assert pool.run(run_stage, 2, stage, None, strategy) == ["", ""]
+    for error in pool.run(run_stage, 2, stage, 19, strategy):
+        assert "loaded different batches (number 4 of the loader)" in error
 
 
 def test_different_batches_on_ranks_that_share_samples_are_refused(pool: RankPool) -> None:

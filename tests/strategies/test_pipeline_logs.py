@@ -10,7 +10,7 @@ import pytest
 import torch
 import torchmetrics
 from lightning.pytorch.loggers import CSVLogger
-from strategy_helpers import DP2_PP2, PP2, Classifier, Task, close, fit_like_one_process, loaders, make_trainer
+from strategy_helpers import DP2_PP2, PP2, Classifier, Task, close, fit_like_one_process, floats, loaders, make_trainer
 
 from kenotron.testing import RankPool
 
@@ -154,3 +154,103 @@ def test_the_logger_of_rank_0_gets_what_one_process_logs(pool: RankPool, tmp_pat
     found = table(pool.run(write_csv, 2, PP2[1], str(tmp_path / "two"))[0])
     assert len(expected["train_loss_step"]) == 6
     close(found, expected)
+
+
+# ----------------------------------------------------------------------------------------------------- callbacks, loggers
+
+
+class Measured(Classifier):
+    """Collects in steps what callbacks log; its step returns more than the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean = torchmetrics.MeanMetric()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        logits = self(batch[0])
+        loss = torch.nn.functional.cross_entropy(logits, batch[1])
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
+        return {"loss": loss, "logits": logits, "largest": loss.detach() * 2, "name": "train"}
+
+    def validation_step(self, batch: Any, batch_idx: int) -> Any:
+        self.mean.update(self.loss(batch))
+        return {"rows": len(batch[0])}
+
+
+class Report(L.Callback):
+    """Logs what only the last stage has, and on rank 0 what is logged there alone."""
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        assert outputs is not None and "loss" in outputs
+        if trainer.is_global_zero:
+            pl_module.log("own", 7.0, rank_zero_only=True)
+        pl_module.log("logits", outputs["logits"].square().mean())
+        pl_module.log("rows", float(len(outputs["logits"])))
+        pl_module.log("largest", outputs["largest"])
+
+    def on_validation_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, *args: Any) -> None:
+        pl_module.log("val_rows", float(outputs["rows"]), on_epoch=True)
+
+    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        pl_module.log("val_mean", pl_module.mean.compute())
+        pl_module.mean.reset()
+
+
+def report(strategy: Any) -> dict[str, float]:
+    L.seed_everything(1, verbose=False)
+    callback = Report()
+    trainer = make_trainer(strategy, [callback], num_sanity_val_steps=0)
+    trainer.fit(Measured(), *loaders(trainer, Task(Measured, strategy)))
+    assert not any(name.startswith("on_") for name in callback.__dict__)
+    return floats(trainer.callback_metrics)
+
+
+def test_callbacks_log_what_the_last_stage_collected(pool: RankPool) -> None:
+    expected = pool.run(report, 1, None)[0]
+    assert {"logits", "rows", "largest", "own", "val_rows", "val_mean"} <= expected.keys()
+    first, second = pool.run(report, 2, PP2[1])
+    close(first, expected)
+    close(second, {name: value for name, value in expected.items() if name != "own"})
+
+
+class Shown(Classifier):
+    """Everything on the progress bar."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        loss, rows = self.loss(batch), float(len(batch[0]))
+        self.log("train_loss", loss, prog_bar=True, sync_dist=True)
+        self.log("own", loss, prog_bar=True)
+        self.log("sum", rows, prog_bar=True, reduce_fx="sum", on_epoch=True, on_step=False)
+        self.log("max", batch[0].max(), prog_bar=True, reduce_fx="max", on_epoch=True, on_step=False)
+        return loss
+
+
+def show(strategy: Any) -> dict[str, float]:
+    L.seed_everything(1, verbose=False)
+    trainer = make_trainer(strategy)
+    trainer.fit(Shown(), *loaders(trainer, Task(Shown, strategy)))
+    return floats(trainer.callback_metrics)
+
+
+def test_what_the_progress_bar_shows_is_as_under_ddp(pool: RankPool) -> None:
+    expected = pool.run(show, 2, "ddp")
+    assert expected[0]["own"] != expected[1]["own"] and expected[0]["sum"] == 11
+    close(pool.run(show, 2, {}), expected)
+    close(pool.run(show, 4, {"pp": 2, "microbatches": 2}), [expected[i] for i in (0, 1, 0, 1)])
+
+
+class WithExample(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.example_input_array = torch.zeros(2, 8)
+
+
+def summarise(strategy: Any) -> bool:
+    module = WithExample()
+    trainer = make_trainer(strategy, enable_model_summary=True, max_steps=1)
+    trainer.fit(module, *loaders(trainer, Task(WithExample, strategy)))
+    return module.example_input_array is not None
+
+
+def test_a_summary_leaves_the_example_input_out(pool: RankPool) -> None:
+    assert pool.run(summarise, 2, PP2[1]) == [True, True]
