@@ -42,12 +42,12 @@ def test_two_runs_at_one_port_are_told() -> None:
     port = free_port()
     store = open_store("127.0.0.1", port, rank=0, timeout=SOON)
     store.set("kenotron/place/1", "elsewhere, process 7")
-    with pytest.raises(ValueError, match="another process is rank 1 .elsewhere, process 7"):
+    with pytest.raises(ValueError, match=r"another process is rank 1 .elsewhere, process 7"):
         open_store("127.0.0.1", port, rank=1, timeout=SOON)
 
 
 def test_nobody_serves() -> None:
-    with pytest.raises(TimeoutError, match="nobody serves at MASTER_ADDR=127.0.0.1"):
+    with pytest.raises(TimeoutError, match=r"nobody serves at MASTER_ADDR=127\.0\.0\.1"):
         open_store("127.0.0.1", free_port(), rank=1, timeout=timedelta(seconds=0.3))
 
 
