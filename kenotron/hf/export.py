@@ -169,4 +169,4 @@ def _write_companions(path: Path, record: ModelRecord, config: Any, tokenizer: P
     if tokenizer is None and not (Path(place) / "tokenizer_config.json").is_file():
         warnings.warn(f"{place} has no tokenizer (any more), so none is put beside; name one by tokenizer=.", stacklevel=3)
         return
-    AutoTokenizer.from_pretrained(place, local_files_only=True).save_pretrained(path)
+    AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False).save_pretrained(path)

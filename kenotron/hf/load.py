@@ -59,7 +59,7 @@ def from_hf(
     directory = HFDirectory(path)
     if config is None:
         directory.config()  # tells what is wrong with it
-        config = AutoConfig.from_pretrained(directory.path, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory.path, local_files_only=True, trust_remote_code=False)
     ours = is_ours(config, implementation)
     with meta_device(dtype):
         model: Any = build(config, "kenotron" if ours else "transformers", **settings)

@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save_file
 from test_fuzz import HOSTILE, PATIENCE_S, SPARE_BYTES, apart, mutate  # noqa: F401
 
-from kenotron.data.corpus import open_corpus
+from kenotron.data.corpus import open_corpus, read_record
 from kenotron.data.tokenize.vocabulary import read_vocabulary, train_tokenizer
 from kenotron.hf import HFDirectory
 from kenotron.planning.model import read_config
@@ -57,6 +57,8 @@ def make_corpus(folder: Path) -> None:
     head = b"MMIDIDX\0\0" + np.array([1], "<u8").tobytes() + bytes([8]) + np.array([3, 4], "<u8").tobytes()
     (folder / "y.idx").write_bytes(head + lengths.tobytes() + begins.tobytes() + np.arange(4, dtype="<i8").tobytes())
     tokens.tofile(folder / "y.bin")
+    files = [{"name": "x.ds", "bytes": 120, "num_documents": 3}]
+    (folder / "corpus.json").write_text(json.dumps({"version": 1, "complete": True, "files": files}))
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -72,6 +74,7 @@ def read_model(folder: Path) -> None:
 
 
 def read_tokens(folder: Path) -> None:
+    read_record(folder)
     for name in ("x.ds", "y.bin"):
         corpus: Any = open_corpus(folder / name, token_size=2)
         corpus.read(0, min(corpus.num_tokens, 60))
@@ -86,7 +89,7 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any], list[str
     "headers": (make_model, read_model, ["a.safetensors", "b.safetensors"]),
     "index": (make_model, read_model, ["model.safetensors.index.json", "config.json"]),
     "configuration": (make_model, read_configuration, ["config.json"]),
-    "corpus": (make_corpus, read_tokens, ["x.ds.index", "x.ds.metadata", "x.ds", "y.idx", "y.bin"]),
+    "corpus": (make_corpus, read_tokens, ["corpus.json", "x.ds.index", "x.ds.metadata", "x.ds", "y.idx", "y.bin"]),
     "tokenizer": (make_tokenizer, read_vocabulary, ["tokenizer.json", "tokenizer_config.json"]),
 }  # fmt: skip
 #: What a reader may raise: that a file is no good, or that there is none.
