@@ -94,4 +94,4 @@ def _tokenizer(options: argparse.Namespace) -> Any:
         place = options.checkpoint
     if place is None or not (Path(place) / "tokenizer_config.json").is_file():
         raise ValueError(f"{place or options.checkpoint} has no tokenizer. Name a directory that has one: --tokenizer DIR")
-    return AutoTokenizer.from_pretrained(place, local_files_only=True)
+    return AutoTokenizer.from_pretrained(place, local_files_only=True, trust_remote_code=False)

@@ -53,7 +53,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: str | Path, template: str = "tokenizer") -> None:
         from transformers import AutoTokenizer
 
-        self._tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True)
+        self._tokenizer = AutoTokenizer.from_pretrained(str(tokenizer), local_files_only=True, trust_remote_code=False)
         self._template = None if template == "none" else template_text(template) or self._own_template(tokenizer)
         self.has_marks = self._template is not None and bool(_GENERATION.search(self._template))
 
