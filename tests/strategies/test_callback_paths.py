@@ -22,7 +22,7 @@ class OwnLoss(Classifier):
     """Logs a value of each rank's own, as users of DDP do."""
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        self.log("val_loss", self.loss(batch) + 10 * self.global_rank)
+        self.log("val_loss", 100.0 * self.global_rank - self.global_step)  # each epoch is the best so far
 
 
 class SaveUnderOwnName(L.Callback):
