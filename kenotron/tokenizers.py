@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from kenotron.files import check_folder
+
 PathLike = str | os.PathLike[str]
 
 #: What ``AutoTokenizer`` makes a tokenizer of. ``tokenizer.json`` alone does as well, which `load_tokenizer` reads itself.
@@ -38,9 +40,10 @@ def load_tokenizer(place: PathLike) -> Any:
             f"{place} has no tokenizer: none of {', '.join((_FAST, *_FILES))} is there. Name a folder that has one, or a "
             "tokenizer.json."
         )
+    check_folder(folder)
     try:
         if any((folder / name).is_file() for name in _FILES) and (path.is_dir() or path.name == _FAST):
-            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+            return AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         return PreTrainedTokenizerFast(tokenizer_file=str(file))
     except Exception as error:  # tokenizers raises no other class
         raise ValueError(f"{place} is no tokenizer that transformers reads: {error}") from error

@@ -213,7 +213,18 @@ def read_record(folder: Path) -> dict[str, Any]:
         raise CorpusMetadataError(path, f"is no JSON: {error}", getattr(error, "pos", 0)) from None
     if not isinstance(record, dict) or record.get("version") != 1:
         raise CorpusMetadataError(path, "is not of version 1, which this code reads")
+    files = record.get("files", [])
+    if not isinstance(files, list) or not all(map(_is_listed_file, files)):
+        raise CorpusMetadataError(path, "lists files that lack a plain name, a number of bytes or of documents")
     return record
+
+
+def _is_listed_file(entry: object) -> bool:
+    """Tell whether an entry of a record is of a file directly in its folder."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+        return False
+    numbers = [entry.get("bytes"), entry.get("num_documents", 0)]
+    return os.path.basename(entry["name"]) == entry["name"] and all(type(number) is int and number >= 0 for number in numbers)
 
 
 def _check_record(folder: Path, present: set[str]) -> None:

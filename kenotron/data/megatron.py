@@ -103,10 +103,19 @@ class MegatronSource:
         return self.tokens.read(start, stop)
 
     def ends(self, first: int, last: int) -> np.ndarray:
-        """Return where documents ``[first, last)`` end: token positions, exclusive, int64 of shape (last - first,)."""
+        """Return where documents ``[first, last)`` end: token positions, exclusive, int64 of shape (last - first,).
+
+        Raises:
+            CorpusIndexError: one of them ends where there is no sequence.
+        """
         if not 0 <= first <= last <= self.num_documents:
             raise IndexError(f"documents [{first}, {last}) of {self.path}, which has {self.num_documents}")
         sequences = self._documents.read(first + 1, last + 1)  # which begin where the documents end
+        wrong = np.flatnonzero((sequences < sequences[:1]) | (sequences < 0) | (sequences > self.num_sequences))
+        if wrong.size:  # a look at what is needed here; `check_ends` looks at all
+            at = int(wrong[0])
+            problem = f"document {first + at} ends at sequence {sequences[at]} of {self.num_sequences}"
+            raise CorpusIndexError(self.index, problem, self._documents.offset + 8 * (first + at + 1))
         low = int(sequences[0]) if len(sequences) else 0
         high = min(int(sequences[-1]) + 1 if len(sequences) else 0, self.num_sequences)
         inner = self._begins.read(min(low, high), high) // self.tokens.dtype.itemsize

@@ -62,7 +62,7 @@ def from_hf(
     directory = HFDirectory(path)
     stored = directory.config() if config is None or (directory.path / "config.json").is_file() else {}
     if config is None:
-        config = AutoConfig.from_pretrained(directory.path, local_files_only=True)
+        config = AutoConfig.from_pretrained(directory.path, local_files_only=True, trust_remote_code=False)
     kind = class_of(config, stored, directory.path)
     ours = is_ours(config, check_implementation(implementation, config, kind))
     with recording(dtype, draw=False):

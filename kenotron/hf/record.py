@@ -134,5 +134,5 @@ def record_of_directory(path: str | os.PathLike[str], name: str, implementation:
     """Return the record of a model whose configuration lies in a directory, for checkpoints that have none."""
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(path, local_files_only=True)
+    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
     return ModelRecord.of(config, name, implementation, source=str(path))

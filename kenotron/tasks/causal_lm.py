@@ -90,7 +90,7 @@ class CausalLM(L.LightningModule):
             self.model = from_hf(self._given, implementation=self._implementation, **self._settings)
             return
         if isinstance(self._given, str):
-            config = AutoConfig.from_pretrained(self._given, local_files_only=True)
+            config = AutoConfig.from_pretrained(self._given, local_files_only=True, trust_remote_code=False)
         else:
             config = AutoConfig.for_model(**self._given)
         self.model = build(config, self._implementation, **self._settings)

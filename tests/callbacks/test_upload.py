@@ -182,3 +182,16 @@ def test_without_fsspec_the_error_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setitem(__import__("sys").modules, "fsspec.core", None)
     with pytest.raises(ImportError, match=r"pip install 'kenotron\[data\]'"):
         Upload("memory://x")
+
+
+@pytest.mark.parametrize("index", [["../other"], ["a/b"], [".."], [7], {"a": 1}])
+def test_a_list_of_uploads_leads_nowhere_else(index: Any, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "uploads.json").write_text(json.dumps(index))
+    folder = RemoteFolder(f"file://{tmp_path}/run")
+    with pytest.raises(ValueError, match="is no list of names of checkpoints"):
+        folder.names()
+    with pytest.raises(ValueError, match="is no name of something in"):
+        folder.remove("../other")
+    assert (tmp_path / "other").is_dir()

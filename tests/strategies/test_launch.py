@@ -126,13 +126,14 @@ def test_a_rank_that_fails_takes_the_others_down_with_its_message(tmp_path: Path
         [sys.executable, str(script)], capture_output=True, text=True, timeout=60, check=False, env=environment()
     )
     assert done.returncode != 0
-    assert "rank 1 failed: KeyError: 'no such sample'" in done.stderr
+    assert "rank 0 ends: rank 1 failed: KeyError: 'no such sample'" in done.stderr
+    assert done.stderr.count("Traceback") == 1
     assert time.monotonic() - start < 50
 
 
 def test_sigterm_stops_all_ranks_at_the_same_step(tmp_path: Path) -> None:
     script = write(tmp_path, epochs=100000, in_step="if batch_idx == 0: print('epoch', flush=True)\n        time.sleep(0.002)")
-    caught = "    except BaseException as error:\n        print(type(error).__name__, flush=True)\n"
+    caught = "    except BaseException as error:\n        print(type(error).__name__, error.code, flush=True)\n"
     text = script.read_text().replace("    trainer.fit(", "    try:\n        trainer.fit(")
     script.write_text(text.replace('    print(f"rank', caught + '    print(f"rank'))
     process = subprocess.Popen(
@@ -146,4 +147,27 @@ def test_sigterm_stops_all_ranks_at_the_same_step(tmp_path: Path) -> None:
     steps = [line.split("step ")[1].split()[0] for line in out.splitlines() if line.startswith("rank")]
     assert len(steps) == 2, out
     assert len(set(steps)) == 1, out
-    assert out.count("SIGTERMException") == 2
+    assert out.count("SIGTERMException 143") == 2
+
+
+def test_a_rank_that_is_killed_while_ranks_set_up_leaves_nobody_waiting(tmp_path: Path) -> None:
+    script = write(tmp_path, strategy="'kenotron_zero3'")
+    killed = "    def configure_model(self):\n        if self.global_rank == 1: os.kill(os.getpid(), 9)\n"
+    script.write_text(script.read_text().replace("    def configure_optimizers", killed + "    def configure_optimizers"))
+    environ = environment(
+        WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", GROUP_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()),
+        TORCHELASTIC_RUN_ID="x",
+    )  # fmt: skip
+    ranks = [
+        subprocess.Popen(
+            [sys.executable, str(script)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+            env={**environ, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    assert ranks[1].wait(timeout=120) == -signal.SIGKILL
+    start = time.monotonic()
+    told = ranks[0].communicate(timeout=60)[1]
+    assert ranks[0].returncode == 1
+    assert "rank 1 is gone: its process has ended" in told
+    assert time.monotonic() - start < 45

@@ -118,7 +118,7 @@ def _auto(place: Path) -> Any:
 
     check_folder(place)
     try:
-        return AutoTokenizer.from_pretrained(str(place), local_files_only=True)
+        return AutoTokenizer.from_pretrained(str(place), local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ValueError(f"{place} is no tokenizer that AutoTokenizer reads: {error}") from error
 
