@@ -47,7 +47,8 @@ class CheckpointSettings:
         timeout_s: how long the ranks wait for each other while saving.
         exception_timeout_s: the same for a save while an exception is handled, where other ranks may be gone.
         asynchronous: write while training goes on. A checkpoint is then seen when it is complete, some time after the call;
-            the end of ``fit`` waits for it. Before the first optimizer step and after ``fit`` every save is waited for.
+            the end of ``fit`` waits for it. It holds what was there at the call, whatever runs afterwards. Before the first
+            optimizer step and after ``fit`` every save is waited for.
         on_error: what a save that failed in the background does: ``"raise"`` at the next save or at the end of ``fit``, or
             ``"warn"`` and train on.
         node_local: the nodes share no file system, or have faster disks of their own: each stores what its ranks hold, all

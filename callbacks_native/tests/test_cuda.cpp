@@ -184,26 +184,12 @@ TEST(devices_streams_and_host_memory_mix_in_one_file) {
         Snapshot snapshot = submit(*engine, sources);
         CHECK_EQUAL(code_of(snapshot.attach(folder.path(std::to_string(seed)))), 0);
         engine->fence();
-        CHECK(!snapshot.is_torn());
+        CHECK(snapshot.changed().empty());
         for (const auto& memory : memories) memory->change(0);
         for (const auto& bytes : host) scramble(*bytes, random);
         check_finished(snapshot, folder.path(std::to_string(seed)), expected);
         CHECK(are_all_slots_free(*engine));
     }
-}
-
-TEST(copying_anew_waits_for_the_work_that_was_given_to_the_stream_meanwhile) {
-    const TemporaryFolder folder;
-    const auto engine = make_engine(settings_with(FAKE_CUDA, 20));
-    DeviceMemory memory(50 * kib, 0);
-    memory.change();
-    Snapshot snapshot = submit(*engine, {memory.source()});
-    CHECK_EQUAL(code_of(snapshot.attach(folder.path("file"))), 0);
-    engine->fence();
-    const Bytes values = memory.change(50);
-    snapshot.restage();
-    memory.change(0);
-    check_finished(snapshot, folder.path("file"), {values, {sums_of(values)}});
 }
 
 TEST(a_thread_at_the_fence_helps_with_the_first_snapshot_of_a_device) {

@@ -30,7 +30,7 @@ void check_round_trip(Engine& engine, Scene& scene, const std::string& path) {
     CHECK_EQUAL(code_of(snapshot.attach(path)), 0);
     engine.fence();
     CHECK(snapshot.is_staged());
-    CHECK(!snapshot.is_torn());
+    CHECK(snapshot.changed().empty());
     scene.change();
     check_finished(snapshot, path, expected);
     CHECK(are_all_slots_free(engine));
@@ -73,7 +73,7 @@ TEST(any_snapshots_become_the_files_that_their_sources_make_up) {
         for (Scene& scene : scenes) scene.change();
         for (std::size_t i = 0; i < 3; ++i) {
             CHECK(snapshots[i].is_staged());
-            CHECK(!snapshots[i].is_torn());
+            CHECK(snapshots[i].changed().empty());
             check_finished(snapshots[i], folder.path(std::to_string(i)), expected[i]);
         }
         CHECK(are_all_slots_free(*engine));
@@ -99,7 +99,6 @@ TEST(nothing_at_all_becomes_an_empty_file) {
     snapshot.wait_staged();
     engine->fence();
     CHECK_EQUAL(code_of(snapshot.attach(folder.path("late"))), 0);
-    snapshot.restage();
     check_finished(snapshot, folder.path("late"), scene.expected());
 }
 
@@ -143,7 +142,7 @@ TEST(a_fence_right_after_submit_is_enough) {
         Snapshot snapshot = submit(*engine, scene);
         engine->fence();
         scene.change();
-        CHECK(!snapshot.is_torn());
+        CHECK(snapshot.changed().empty());
         CHECK_EQUAL(code_of(snapshot.attach(path)), 0);
         check_finished(snapshot, path, expected);
     }
@@ -230,7 +229,7 @@ TEST(eager_sources_may_change_before_the_rest_is_copied) {
     half.scene.change(0);
     CHECK_EQUAL(code_of(half.snapshot.attach(half.path)), 0);
     half.engine->fence();
-    CHECK(!half.snapshot.is_torn());
+    CHECK(half.snapshot.changed().empty());
     check_finished(half.snapshot, half.path, half.before);
 }
 
@@ -240,53 +239,83 @@ TEST(a_lazy_source_that_changes_before_the_fence_is_found_out) {
     CHECK_EQUAL(code_of(half.snapshot.attach(half.path)), 0);
     half.engine->fence();
     CHECK(half.snapshot.is_staged());
-    CHECK(half.snapshot.is_torn());
+    CHECK(half.snapshot.changed() == std::vector<std::size_t>{1});
     CHECK_EQUAL(code_of(half.snapshot.finish()), 0);
     CHECK(read_file(half.path) != half.before.file);
     CHECK(are_all_slots_free(*half.engine));
 }
 
-TEST(a_torn_snapshot_that_is_copied_anew_holds_the_last_values) {
-    HalfCopied half;
-    half.scene.change(1);
-    CHECK_EQUAL(code_of(half.snapshot.attach(half.path)), 0);
-    half.engine->fence();
-    CHECK(half.snapshot.is_torn());
-    for (int i = 1; i <= 3; ++i) {
-        half.scene.change();
-        half.snapshot.restage();
-        CHECK(half.snapshot.is_staged());
-        CHECK(!half.snapshot.is_torn());
-        CHECK_EQUAL(half.snapshot.stats().num_restaged, i);
+TEST(fingerprints_find_a_change_of_whole_pages_and_sums_of_all_any_change) {
+    for (const double share : {1.0 / 64, 1.0}) {
+        const TemporaryFolder folder;
+        EngineSettings settings = small_settings(1, 1024 * kib);
+        settings.checked_share = share;
+        const auto engine = make_engine(settings);
+        Bytes first(300 * kib + 5), second(3000);
+        const auto source_of = [](const Bytes& bytes) {
+            const StridedBytes::Dim dim{bytes.size(), 1};
+            return Source{StridedBytes(bytes.data(), {&dim, 1}, 1)};
+        };
+        Status failed;
+        Scene other;
+        Snapshot in_the_way = submit(*engine, other.add(10));  // it has the only slot
+        CHECK(comes_true([&] { return in_the_way.is_staged(); }));
+        std::optional<Snapshot> snapshot = engine->submit("", {source_of(first), source_of(second)}, failed);
+        std::vector<std::size_t> expected{1};
+        second[2000] = std::byte{1};
+        if (share < 1) {
+            std::fill_n(first.begin() + 8 * kib, 4 * kib, std::byte{1});
+        } else {
+            first[first.size() / 2] = std::byte{1};
+        }
+        expected.insert(expected.begin(), 0);
+        CHECK_EQUAL(code_of(in_the_way.attach(folder.path("other"))), 0);
+        engine->fence();
+        CHECK(snapshot->changed() == expected);
     }
-    const Expected last = half.scene.expected();
-    half.scene.change();
-    check_finished(half.snapshot, half.path, last);
-    CHECK(are_all_slots_free(*half.engine));
 }
 
-TEST(copying_anew_waits_for_the_file) {
+// ---- What holds the same ------------------------------------------------------------------------------------------------
+
+TEST(a_snapshot_of_what_another_one_held_is_compared_and_not_copied) {
     const TemporaryFolder folder;
-    const auto engine = make_engine(small_settings(20));
+    const auto engine = make_engine(small_settings(200));
     Scene scene;
-    scene.add(50 * kib).add(10, true);
-    for (int i = 0; i < 10; ++i) {
-        const std::string path = folder.path(std::to_string(i));
-        Snapshot snapshot = submit(*engine, scene);
-        if (i % 2 == 0) engine->fence();
-        std::thread other([&] {
-            std::this_thread::sleep_for(milliseconds(i));
-            CHECK_EQUAL(code_of(snapshot.attach(path)), 0);
-        });
-        snapshot.wait_staged();
-        scene.change();
-        snapshot.restage();
-        const Expected expected = scene.expected();
-        scene.change();
-        other.join();
-        check_finished(snapshot, path, expected);
-    }
-    CHECK(are_all_slots_free(*engine));
+    scene.add(100 * kib).add_view().add(1);
+    Snapshot first = submit(*engine, scene);
+    Status failed;
+    std::optional<Snapshot> same = engine->submit(scene.header, scene.sources, failed, 0, &first);
+    std::optional<Snapshot> third = engine->submit(scene.header, scene.sources, failed, 0, &*same);
+    CHECK(same->is_like_other() && third->is_like_other());
+    CHECK_EQUAL(code_of(first.attach(folder.path("file"))), 0);
+    engine->fence();
+    CHECK(same->is_staged() && same->changed().empty());
+    CHECK(third->is_staged() && third->changed().empty());
+    const std::size_t num_free = engine->pool().num_free();
+    check_finished(first, folder.path("file"), scene.expected());
+    first.cancel();
+    std::optional<Snapshot> late = engine->submit(scene.header, scene.sources, failed, 0, &first);
+    CHECK(late->is_like_other());
+    scene.change(0);
+    std::optional<Snapshot> changed = engine->submit(scene.header, scene.sources, failed, 0, &first);
+    CHECK(!changed->is_like_other());
+    engine->fence();
+    CHECK(late->is_staged());
+    CHECK(changed->changed().empty());
+    CHECK(num_free <= engine->pool().num_slots());
+}
+
+TEST(a_snapshot_that_is_like_one_that_was_never_copied_ends_with_it) {
+    const auto engine = make_engine(small_settings(1));
+    Scene scene;
+    scene.add(100 * kib);
+    Snapshot first = submit(*engine, scene);
+    Status failed;
+    std::optional<Snapshot> same = engine->submit(scene.header, scene.sources, failed, 0, &first);
+    CHECK(same->is_like_other());
+    first.cancel();
+    engine->fence();
+    CHECK(same->has_ended());
 }
 
 // ---- Pace ---------------------------------------------------------------------------------------------------------------
@@ -320,7 +349,6 @@ TEST(stats_tell_what_happened) {
     CHECK(stats.staged_s >= 0.03 && stats.staged_s <= elapsed);
     CHECK(stats.written_s >= 0.03 && stats.written_s <= elapsed);
     CHECK(stats.waited_for_room_s > 0 && stats.waited_for_room_s <= elapsed);
-    CHECK_EQUAL(stats.num_restaged, 0);
     CHECK(engine->fence());
 }
 
@@ -359,7 +387,7 @@ TEST(many_threads_use_one_engine) {
                 engine->fence();
                 scene.change();
                 CHECK(snapshot.is_staged());
-                CHECK(!snapshot.is_torn());
+                CHECK(snapshot.changed().empty());
                 check_finished(snapshot, path, expected);
             }
             --num_left;

@@ -74,7 +74,6 @@ TEST(a_missing_folder_ends_the_snapshot_and_nobody_waits_for_it) {
     other.join();
     engine->fence();
     snapshot.wait_staged();
-    snapshot.restage();
     CHECK(snapshot.is_staged());
     CHECK(snapshot.has_ended());
     CHECK_EQUAL(code_of(snapshot.finish()), ENOENT);
@@ -158,34 +157,14 @@ TEST(a_snapshot_that_has_failed_is_staged_only_when_nobody_reads_its_sources_any
         std::optional<Snapshot> snapshot = engine->submit("", {{source->bytes}}, failed);
         CHECK(is_copying(*engine));
         CHECK_EQUAL(code_of(snapshot->attach(folder.path("missing/file"))), ENOENT);
-        switch (i % 4) {
+        switch (i % 3) {
             case 0: engine->fence(); break;
             case 1: snapshot->wait_staged(); break;
-            case 2: snapshot->restage(); break;
             default: CHECK_EQUAL(code_of(snapshot->finish()), ENOENT); break;
         }
         source.reset();
         CHECK(snapshot->has_ended());
     }
-    check_usable(*engine, folder.path("next"));
-}
-
-TEST(copying_anew_ends_when_a_write_of_the_first_copy_fails) {
-    const Faults faults;
-    const TemporaryFolder folder;
-    const auto engine = make_engine(small_settings(20));
-    Scene scene;
-    scene.add(40 * kib);
-    faults->pwrite.hook(only_call(5, -ENOSPC));
-    Snapshot snapshot = submit(*engine, scene);
-    engine->fence();
-    std::thread other([&] {
-        std::this_thread::sleep_for(milliseconds(10));
-        CHECK_EQUAL(code_of(snapshot.attach(folder.path("file"))), 0);
-    });
-    snapshot.restage();
-    other.join();
-    CHECK_EQUAL(code_of(snapshot.finish()), ENOSPC);
     check_usable(*engine, folder.path("next"));
 }
 
@@ -224,32 +203,11 @@ TEST(whoever_waits_for_a_snapshot_that_is_cancelled_returns) {
     std::vector<std::thread> threads;
     threads.emplace_back([&] { snapshot.wait_eager(); });
     threads.emplace_back([&] { snapshot.wait_staged(); });
-    threads.emplace_back([&] { snapshot.restage(); });
     threads.emplace_back([&] { CHECK_EQUAL(code_of(snapshot.finish()), ECANCELED); });
     threads.emplace_back([&] { engine->fence(); });
     std::this_thread::sleep_for(milliseconds(20));
     snapshot.cancel();
     for (std::thread& thread : threads) thread.join();
-    check_usable(*engine, folder.path("next"));
-}
-
-TEST(copying_anew_can_be_cancelled) {
-    const TemporaryFolder folder;
-    const auto engine = make_engine(small_settings(2));
-    Scene scene;
-    scene.add(200 * kib);
-    for (int i = 0; i < 30; ++i) {
-        Snapshot snapshot = submit(*engine, scene);
-        CHECK_EQUAL(code_of(snapshot.attach(folder.path(std::to_string(i)))), 0);
-        engine->fence();
-        std::thread other([&] {
-            std::this_thread::sleep_for(microseconds(100 * i));
-            snapshot.cancel();
-        });
-        snapshot.restage();
-        other.join();
-        CHECK(snapshot.has_ended());
-    }
     check_usable(*engine, folder.path("next"));
 }
 

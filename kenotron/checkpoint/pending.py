@@ -126,6 +126,7 @@ class PendingSave:
         self.settle()
         if self._changed:
             raise SaveFailedError(self._why_changed())
+        sums: Checksums
         if self._same is None:
             snapshot.finish()
             sums, origin = snapshot.sums(), self.attempt.save_id
