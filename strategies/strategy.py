@@ -41,7 +41,7 @@ from kenotron.parallel.recompute import Recompute, RecomputeMode
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.auto import choose, take_apart
-from kenotron.strategies.checkpointing import check_path
+from kenotron.strategies.checkpointing import check_path, check_writable
 from kenotron.strategies.checks import check_callbacks, check_pipelined
 from kenotron.strategies.collectives import Collectives
 from kenotron.strategies.guard import Guard, StepGuard, check_precision_of_guard
@@ -367,6 +367,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
         if self._uses_foreign_io:
             return
         self.checkpointer.guard_optimizers()
+        check_writable(self._checkpoint_folders(trainer), self._exchange, leads=self.leads_checkpoints)
         for folder in self._checkpoint_folders(trainer):
             if self.num_nodes > 1:
                 leader = self.global_rank - self.local_rank
