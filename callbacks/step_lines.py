@@ -27,7 +27,7 @@ class StepLines(L.Callback):
     The loss is that which the module logs as ``loss`` or ``train_loss``, or what its last step returned; the gradient norm is
     that before clipping, over all ranks, and takes a collective at these steps alone; tokens are those of all ranks, by the
     time since the last line without validation; memory is rank 0's peak on its GPU, or what the process has resident. Where
-    the strategy hides gradients (Lightning's FSDP, DeepSpeed), the norm is left out. ``kenotron fit`` has it by itself.
+    the strategy hides gradients (Lightning's FSDP, DeepSpeed), or they are sparse, the norm is left out. ``kenotron fit`` has it by itself.
 
     Args:
         every_n_train_steps: optimizer steps between two of them; ``None``: the trainer's ``log_every_n_steps``.
@@ -73,7 +73,7 @@ class StepLines(L.Callback):
         """Find the norm of the gradient where it will be printed."""
         if not self._turn.is_next(trainer) or optimizer is not trainer.optimizers[0]:
             return
-        if type(trainer.strategy).__name__ in ("FSDPStrategy", "DeepSpeedStrategy"):
+        if not _shows_gradients(trainer.strategy, optimizer):
             return
         source = gradient_source(trainer, pl_module)
         names = {name for group in source.parameter_names(optimizer) for name in group}
@@ -129,6 +129,13 @@ class StepLines(L.Callback):
     def _leave(self) -> None:
         while self._handles:
             self._handles.pop().remove()
+
+
+def _shows_gradients(strategy: Any, optimizer: Optimizer) -> bool:
+    """Return whether norms can be taken: a line in a log is no reason to end a training."""
+    if type(strategy).__name__ in ("FSDPStrategy", "DeepSpeedStrategy") or strategy.root_device.type == "mps":
+        return False  # MPS has no float64
+    return not any(p.grad is not None and p.grad.is_sparse for group in optimizer.param_groups for p in group["params"])
 
 
 def _print(text: str) -> None:

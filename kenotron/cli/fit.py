@@ -258,7 +258,7 @@ class KenotronCLI(LightningCLI):
         is_quiet = trainer.get("enable_progress_bar") is False or trainer.get("barebones")
         if self.subcommand != "fit" or is_quiet or any(isinstance(each, (ProgressBar, StepLines)) for each in given):
             return {}
-        shown = sys.stdout.isatty()
+        shown = sys.stdout.isatty() or trainer.get("enable_progress_bar") is True
         # The lines are on all ranks, whose terminals may differ: the norm in them is a collective.
         return {"callbacks": [*given, StepLines(), *([StepBar()] if shown else [])], "enable_progress_bar": shown}
 
