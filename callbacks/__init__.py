@@ -14,6 +14,8 @@ from kenotron.callbacks.pipeline_trace import PipelineTrace
 from kenotron.callbacks.preemption import Preempted, Preemption
 from kenotron.callbacks.profiler import Profiler
 from kenotron.callbacks.samples import Samples
+from kenotron.callbacks.step_bar import StepBar
+from kenotron.callbacks.step_lines import StepLines
 from kenotron.callbacks.straggler import StragglerDetector
 from kenotron.callbacks.throughput import Throughput
 from kenotron.callbacks.upload import Upload
@@ -36,6 +38,8 @@ __all__ = [
     "Profiler",
     "ReplicasDifferError",
     "Samples",
+    "StepBar",
+    "StepLines",
     "StragglerDetector",
     "Throughput",
     "Upload",

@@ -60,7 +60,7 @@ class GradientNorms(Recorder):
         if (trainer.global_step + 1) % self._every:
             return
         strategy = trainer.strategy
-        source: Any = strategy if isinstance(strategy, Training) else _Whole(pl_module)
+        source = gradient_source(trainer, pl_module)
         groups = self._groups(trainer, optimizer, source)
         names = [name for members in groups.values() for name in members]
         layers: dict[str, list[str]] = {}
@@ -122,6 +122,11 @@ def layer_of(name: str) -> str:
         if part.isdigit():
             return ".".join(parts[: index + 1])
     return ".".join(parts[:-1]) or name
+
+
+def gradient_source(trainer: Any, pl_module: L.LightningModule) -> Any:
+    """Return what tells the gradients of a trainer: Kénotron's strategy, or the module that another one trains."""
+    return trainer.strategy if isinstance(trainer.strategy, Training) else _Whole(pl_module)
 
 
 class _Whole:

@@ -90,6 +90,12 @@ def num_bytes(tensors: Iterable[Tensor | None]) -> int:
     return sum(t.numel() * t.element_size() for t in local)
 
 
+def host_bytes() -> int:
+    """Return what the process has resident, or the most that it had where that is not told."""
+    found = _host()
+    return found.get("host", found["host_peak"])
+
+
 def _host() -> dict[str, int]:
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     figures = {"host_peak": peak if sys.platform == "darwin" else peak * 1024}

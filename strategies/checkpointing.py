@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Callable, Collection, Mapping
+import tempfile
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,32 @@ def check_path(path: Any) -> None:
             f"Checkpoints are directories on a file system that all ranks see, and {path} is a URL. Mount it and give a path, "
             "or use a CheckpointIO plugin. kenotron checkpoint fetch brings one that Upload has sent."
         )
+
+
+def check_writable(folders: Iterable[Path], exchange: Callable[[Any], list[Any]], *, leads: bool) -> None:
+    """Make the folders of checkpoints and write into each, so that what can't be saved is told before anything is trained.
+
+    Args:
+        exchange: what a rank passes -> what each passes; all ranks call it. leads: whether this rank looks.
+
+    Raises:
+        ValueError: on all ranks: one of them can't be made or written to.
+    """
+    problem = None
+    for folder in folders if leads else ():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+        except OSError as error:
+            problem = (
+                f"checkpoints can't be written to {folder}: {error.strerror} ({error.filename}). Give ModelCheckpoint another "
+                "dirpath, or the right to write there."
+            )
+            break
+    for told in exchange(problem):
+        if told is not None:
+            raise ValueError(told)
 
 
 def save_training(

@@ -173,6 +173,8 @@ class Persistence(StrategyBase):
 
     def _exchange(self, own: Any) -> list[Any]:
         """Return what each rank passes."""
+        if self.world_size == 1:
+            return [own]
         found: list[Any] = [None] * self.world_size
         dist.all_gather_object(found, own)
         return found

@@ -42,7 +42,7 @@ from kenotron.parallel.recompute import Recompute, RecomputeMode
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.auto import choose, take_apart
-from kenotron.strategies.checkpointing import check_path, share_random_state
+from kenotron.strategies.checkpointing import check_path, check_writable, share_random_state
 from kenotron.strategies.checks import adopt_optimizer, check_callbacks, check_pipelined
 from kenotron.strategies.collectives import Collectives
 from kenotron.strategies.guard import Guard, StepGuard, check_precision_of_guard
@@ -422,6 +422,7 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             return
         assert self._done is not None
         self.checkpointer.guard_optimizers().watch_others(self._done.named_parameters().values())
+        check_writable(self._checkpoint_folders(trainer), self._exchange, leads=self.leads_checkpoints)
         for folder in self._checkpoint_folders(trainer):
             if self.num_nodes > 1:
                 leader = self.global_rank - self.local_rank

@@ -15,7 +15,7 @@ import importlib
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kenotron.checkpoint.errors import NotACheckpointError
 from kenotron.checkpoint.format import MANIFEST, unpublished
@@ -30,6 +30,15 @@ _INDEX = "uploads.json"
 
 def _is_plain(name: str) -> bool:
     return name not in ("", ".", "..") and not set(name) & set("/\\\0")
+
+
+class _Bytes(NamedTuple):
+    """A file's bytes on this machine, whatever its names."""
+
+    device: int
+    inode: int
+    size: int
+    changed_ns: int
 
 
 class RemoteFolder:
@@ -61,6 +70,7 @@ class RemoteFolder:
         except ImportError as error:
             raise ImportError(f"{url}: fsspec lacks what {protocol}:// takes. {error}") from error
         self._sent: set[tuple[str, str]] = set()  # (save id, file), so that a retry sends the rest alone
+        self._arrived: dict[_Bytes, str] = {}  # what was sent, and where it is: hard links of it are copied there
 
     def _place(self, *names: str) -> tuple[Any, str]:
         for name in names:
@@ -106,14 +116,31 @@ class RemoteFolder:
         return num_bytes
 
     def _send_file(self, file: Path, filesystem: Any, target: str, save_id: str) -> int:
-        size = file.stat().st_size
-        if (save_id, file.name) not in self._sent:
+        found = file.stat()
+        size, bytes_here = found.st_size, _Bytes(found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
+        if (save_id, file.name) in self._sent:
+            return size
+        is_copied = self._copy(bytes_here, filesystem, target)
+        self._arrived = {key: place for key, place in self._arrived.items() if place != target}  # which is overwritten
+        if not is_copied:
             filesystem.put_file(str(file), target)
             arrived = filesystem.size(target)
             if arrived != size:
                 raise OSError(f"{self.url}: {file.name} has {arrived} bytes there and {size} here")
-            self._sent.add((save_id, file.name))
-        return size
+        self._sent.add((save_id, file.name))
+        self._arrived.setdefault(bytes_here, target)
+        return 0 if is_copied else size
+
+    def _copy(self, bytes_here: _Bytes, filesystem: Any, target: str) -> bool:
+        """Copy what is at the URL already, as of ``last`` the files of the step that it equals. False: it has to be sent."""
+        source = self._arrived.get(bytes_here)
+        if source is None or source == target:
+            return False
+        try:
+            filesystem.cp_file(source, target)
+            return bool(filesystem.size(target) == bytes_here.size)
+        except (OSError, NotImplementedError):  # removed there meanwhile, or a file system that can't
+            return False
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint: first its manifest, so that no half of it is ever loaded."""

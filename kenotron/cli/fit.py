@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import lightning as L
 import yaml
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.cli import (
     LightningArgumentParser,
     LightningCLI,
@@ -28,8 +30,9 @@ from lightning.pytorch.cli import (
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.optim import Optimizer
 
+from kenotron.callbacks import StepBar, StepLines
 from kenotron.checkpoint import CheckpointError
-from kenotron.cli.keys import nearest, unknown_keys
+from kenotron.cli.keys import nearest, unknown_keys, unknown_options
 from kenotron.cli.stored_config import CONFIG_KEY, stored_config
 from kenotron.compare.strategies import make_strategy
 
@@ -40,8 +43,19 @@ DEFAULT_CLASSES = {"model": "kenotron.CausalLM", "data": "kenotron.TokenData"}
 def run(arguments: Sequence[str]) -> int:
     """Run one of Lightning's commands, and return the exit code; wrong input ends the process with 2."""
     import_from_here()
+    quieten()
     KenotronCLI(args=list(arguments))
     return 0
+
+
+def quieten() -> None:
+    """Silence what others say at every start and no user of the command line can do anything about."""
+    # Of Lightning's calls into libraries that have deprecated them, and of a data module without validation.
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message=r"\s*.*deprecated in v\d")
+    for message in (".*deprecated, use .*treespec", "Total length of .* across ranks is zero"):
+        warnings.filterwarnings("ignore", message=message)
 
 
 def import_from_here() -> None:
@@ -61,10 +75,10 @@ def parts_of(path: str) -> tuple[L.LightningModule, L.LightningDataModule | None
     return built.model, built.datamodule
 
 
-def options_of(command: str) -> list[str]:
-    """Return the options of one of Lightning's commands, as on the command line."""
+def bare_parser() -> LightningArgumentParser:
+    """Return the parser of a configuration, which has parsed nothing."""
 
-    class Options(KenotronCLI):
+    class Bare(KenotronCLI):
         def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
             self.config = Namespace(seed_everything=False)
 
@@ -74,9 +88,27 @@ def options_of(command: str) -> list[str]:
         def after_instantiate_classes(self) -> None:
             pass
 
-    cli = Options(run=False)
-    keys = [key for key in cli.parser.get_defaults().keys() if key]  # noqa: SIM118  # a Namespace
+    return Bare(run=False).parser
+
+
+def options_of(command: str) -> list[str]:
+    """Return the options of one of Lightning's commands, as on the command line."""
+    keys = [key for key in bare_parser().get_defaults().keys() if key]  # noqa: SIM118  # a Namespace
     return ["--config", "--print_config", "--help", "--ckpt_path", "--model", "--data", *(f"--{key}" for key in keys)]
+
+
+def problems_of(path: str, options: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return a configuration, its classes named, and a sentence for each key and each option that nobody knows.
+
+    Raises:
+        ValueError: it is no configuration.
+    """
+    import_from_here()
+    found: dict[str, Any] = complete(yaml.safe_load(Path(path).read_text()) or {})
+    parser = bare_parser()
+    own = {key: value for key, value in found.items() if key not in ("ckpt_path", "weights_only")}  # of ``fit`` itself
+    classes = {section: {"class_path": kind} for section, kind in DEFAULT_CLASSES.items()}
+    return found, unknown_keys(own, parser) + unknown_options(options, classes | found, parser)
 
 
 def check_config(path: str) -> None:
@@ -100,7 +132,19 @@ class Parser(LightningArgumentParser):
         for option in re.findall(r"(?<=--)[A-Za-z_][\w.]*", message.partition("nrecognized arguments")[2]):
             near = nearest(option, [key for key in self.get_defaults().keys() if key])  # noqa: SIM118  # a Namespace
             message += f"\n--{option} is not known{f'; the nearest is --{near}' if near else ''}."
-        return super().error(message, ex)
+        if not self.exit_on_error:
+            return super().error(message, ex)
+        sys.stderr.write(
+            f"error: {_condensed(message)}\n{self.prog.replace(' [options]', '')} --help lists what is accepted.\n"
+        )
+        return self.exit(2)
+
+
+def _condensed(message: str) -> str:
+    """Return a message of jsonargparse's without what it says of its own types."""
+    left_out = ("Does not validate", "Subtypes:", "Errors:", "Given value", "- Expected a <class", "- Expected a path")
+    lines = [line for line in message.splitlines() if line.strip() and not line.strip().startswith(left_out)]
+    return "\n".join(dict.fromkeys(lines))
 
 
 class KeepConfig(SaveConfigCallback):
@@ -153,7 +197,12 @@ class KenotronCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse what was given, once its keys are known."""
         self.subcommand = args[0] if args and args[0] in self.subcommands() and len(self.parsers) > 1 else None
-        self.config = parser.parse_args(self._with_full_configs(args))
+        self._given_config: dict[str, Any] = {section: {"class_path": kind} for section, kind in DEFAULT_CLASSES.items()}
+        full = self._with_full_configs(args)
+        problems = unknown_options(args, self._given_config, self._options)
+        if problems:
+            self._options.error("on the command line:\n" + "\n".join(problems))
+        self.config = parser.parse_args(full)
 
     def _with_full_configs(self, given: Sequence[str]) -> list[str]:
         """Return options whose ``--config`` are completed and checked."""
@@ -176,6 +225,7 @@ class KenotronCLI(LightningCLI):
             completed = complete(config)
         except (ValueError, CheckpointError, OSError, yaml.YAMLError) as error:
             self._options.error(f"--config {path}: {error}")
+        self._given_config |= completed
         problems = unknown_keys(completed, self._options)
         if problems:
             self._options.error(f"--config {path}:\n" + "\n".join(problems))
@@ -193,11 +243,28 @@ class KenotronCLI(LightningCLI):
         found = self._section.get("trainer.strategy")
         if isinstance(found, str) and ":" in found:
             kwargs["strategy"] = make_strategy(found)
-        return super().instantiate_trainer(**kwargs)
+        return super().instantiate_trainer(**self._progress(), **kwargs)
+
+    @property
+    def _instances(self) -> Any:
+        """The command's part of the configuration, its classes built."""
+        return self.config_init if self.subcommand is None else self.config_init[self.subcommand]
+
+    def _progress(self) -> dict[str, Any]:
+        """Return arguments of the trainer: lines for a log and, in a terminal, a bar of steps; unless it has others."""
+        trainer = self._instances.get("trainer") or {}
+        given = trainer.get("callbacks") or []
+        given = given if isinstance(given, list) else [given]
+        is_quiet = trainer.get("enable_progress_bar") is False or trainer.get("barebones")
+        if self.subcommand != "fit" or is_quiet or any(isinstance(each, (ProgressBar, StepLines)) for each in given):
+            return {}
+        shown = sys.stdout.isatty() or trainer.get("enable_progress_bar") is True
+        # The lines are on all ranks, whose terminals may differ: the norm in them is a collective.
+        return {"callbacks": [*given, StepLines(), *([StepBar()] if shown else [])], "enable_progress_bar": shown}
 
     def after_instantiate_classes(self) -> None:
         """Let the module have the configuration's optimizer, and every checkpoint the whole configuration."""
-        instances = self.config_init if self.subcommand is None else self.config_init[self.subcommand]
+        instances = self._instances
         if instances.get("optimizer"):
             give_optimizer(self.model, instances["optimizer"], instances.get("lr_scheduler"))
         keep_config(self.model, self._options.dump(self._section, skip_none=False, format="yaml"))

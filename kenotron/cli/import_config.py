@@ -53,7 +53,7 @@ def imported(given: Any, *, devices_per_node: int = 8) -> tuple[dict[str, Any], 
     Raises:
         ValueError: a key that is needed is missing, or has a value that can't be.
     """
-    keys = Keys(given)
+    keys = Keys(_in_stages(given))
     layout = _layout(keys)
     steps, accumulate = keys.number("tokens.train_steps"), keys.number("tokens.batch_accumulation_per_replica")
     micro = keys.number("tokens.micro_batch_size")
@@ -67,6 +67,14 @@ def imported(given: Any, *, devices_per_node: int = 8) -> tuple[dict[str, Any], 
         config["optimizer"] = optimizer
     config["trainer"] = _trainer(keys, layout, steps, accumulate, devices_per_node)
     return config, keys.lost()
+
+
+def _in_stages(given: Any) -> Any:
+    """Return a configuration whose data stands in stages: older ones had one ``data`` for all steps."""
+    if not isinstance(given, dict) or given.get("data_stages") or not isinstance(given.get("data"), dict):
+        return given
+    stage = {"start_training_step": 1, "data": given["data"]}
+    return {**{key: value for key, value in given.items() if key != "data"}, "data_stages": [stage]}
 
 
 # ---- Layout and trainer ---------------------------------------------------------------------------------------------
@@ -150,7 +158,12 @@ def _checkpoints(keys: Keys) -> list[dict[str, Any]]:
         "save_top_k": -1,
         "save_last": bool(keys.take("checkpoints.save_final_state", True)),
     }
-    return [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": settings}]
+    found = [{"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": settings}]
+    url = keys.take("s3_upload.upload_s3_path", None)
+    if url is not None:
+        upload = {"url": str(url), "delete_local": bool(keys.take("s3_upload.remove_after_upload", False))}
+        found.append({"class_path": "kenotron.callbacks.Upload", "init_args": upload})
+    return found
 
 
 # ---- Optimizer ------------------------------------------------------------------------------------------------------
@@ -167,8 +180,13 @@ def _optimizer(keys: Keys, steps: int) -> tuple[dict[str, Any] | None, dict[str,
         raise ValueError(f"optimizer.optimizer_factory.name is {name!r}. Set it to 'adamW' or 'sgd'.")
     found: dict[str, Any] = {"learning_rate": rate, "weight_decay": decay}
     factory = "optimizer.optimizer_factory"
-    found["betas"] = [float(keys.take(f"{factory}.adam_beta1", 0.9)), float(keys.take(f"{factory}.adam_beta2", 0.95))]
-    found["eps"] = float(keys.take(f"{factory}.adam_eps", 1e-8))
+
+    def of_adam(key: str, default: float) -> float:  # older configurations have it beside the factory
+        flat = keys.take(f"optimizer.{key}", default)
+        return float(keys.take(f"{factory}.{key}", flat))
+
+    found["betas"] = [of_adam("adam_beta1", 0.9), of_adam("adam_beta2", 0.95)]
+    found["eps"] = of_adam("adam_eps", 1e-8)
     excluded = keys.take("optimizer.weight_decay_exclude_named_params", [])
     if excluded:  # there a pattern stands at the beginning of a name, and names begin with the model
         found["rules"] = [{"pattern": str(pattern), "weight_decay": 0.0} for pattern in excluded]

@@ -12,11 +12,16 @@ import functools
 import importlib
 import inspect
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import yaml
 from jsonargparse import ArgumentParser
 
+from kenotron.compare.strategies import parameters_of, parse_spec, settings_of
+
+#: Options whose values are import paths of classes.
+_CLASSES = {"model", "data", "optimizer", "lr_scheduler", *(f"trainer.{key}" for key in ("strategy", "callbacks", "logger"))}
 #: What a mapping with ``class_path`` may have besides.
 _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 
@@ -24,6 +29,61 @@ _CLASS_KEYS = ("class_path", "init_args", "dict_kwargs")
 def unknown_keys(config: Mapping[str, Any], parser: ArgumentParser) -> list[str]:
     """Return a sentence for each key of ``config`` that ``parser``, or a class that it names, does not know."""
     return list(_in_sections(config, parser))
+
+
+def unknown_options(given: Sequence[str], config: Mapping[str, Any], parser: ArgumentParser) -> list[str]:
+    """Return a sentence for each option of the command line that ``parser``, or a class of the configuration, does not know.
+
+    Args:
+        given: the options. config: what they change, the classes of its sections named.
+    """
+    tree: dict[str, Any] = {}
+    problems = []
+    for index, word in enumerate(given):
+        name, equals, value = word.removeprefix("--").partition("=")
+        if not word.startswith("--") or ("." not in name and name not in _CLASSES):
+            continue
+        if not equals:
+            value = given[index + 1] if index + 1 < len(given) else ""
+        problem = _put(tree, name.removesuffix("+").split("."), value, config, name.removesuffix("+"), is_added=name[-1] == "+")
+        problems += [] if problem is None else [problem]
+    told = problems + unknown_keys(tree, parser)
+    return told if any(".init_args." in word for word in given) else [each.replace(".init_args.", ".") for each in told]
+
+
+def _put(
+    node: dict[str, Any], path: Sequence[str], value: str, config: Any, name: str, *, is_added: bool = False
+) -> str | None:
+    """Put an option's value to its place, through the classes that are named there: ``--data.x`` is ``data.init_args.x``.
+
+    Returns what is wrong with it, if anything.
+    """
+    key, rest = path[0], path[1:]
+    there = config.get(key) if isinstance(config, Mapping) else None
+    if not rest:
+        try:
+            read = yaml.safe_load(value)
+        except yaml.YAMLError:
+            read = value
+        is_class = isinstance(read, str) and "." in read.partition(":")[0] and (is_added or name in _CLASSES)
+        made = {"class_path": read} if is_class and ":" not in read else read
+        node[key] = [made] if is_added else made
+        return None
+    if isinstance(there, list):  # further settings are those of the last one
+        there = there[-1] if there else None
+    inner = node.setdefault(key, {})
+    inner = inner[-1] if isinstance(inner, list) else inner
+    if isinstance(there if inner == {} else inner, str):
+        return f"  {name}: settings of a strategy that is named are written with its name, as kenotron:tp=2,pp=2."
+    if not isinstance(inner, dict):
+        return None
+    named = inner.get("class_path") or (there.get("class_path") if isinstance(there, Mapping) else None)
+    if named is None or rest[0] in _CLASS_KEYS[::2]:
+        return _put(inner, rest, value, there, name, is_added=is_added)
+    inner["class_path"] = named
+    known = there.get("init_args") if isinstance(there, Mapping) and there.get("class_path") == named else None
+    rest = rest[1:] if rest[0] == "init_args" else rest
+    return _put(inner.setdefault("init_args", {}), rest, value, known, name, is_added=is_added) if rest else None
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -91,7 +151,7 @@ def _in_class(class_path: str, given: Any, where: str, *, is_class: bool = True)
     if not isinstance(given, Mapping):
         return
     place = f"{where}.init_args" if is_class else where
-    yield from _unknown(given, _parameters(kind), place)
+    yield from _unknown(given, parameters_of(kind), place)
     hints = _hints(kind)
     for name, item in given.items():
         yield from _within(item, f"{place}.{name}", hints.get(str(name)))
@@ -112,17 +172,6 @@ def _nearest_class(class_path: str) -> str:
         return ""
     near = nearest(name, [each for each in dir(found) if inspect.isclass(getattr(found, each, None))])
     return f" The nearest is {module}.{near}." if near else ""
-
-
-@functools.cache
-def _parameters(kind: Any) -> tuple[str, ...]:
-    """Return the names of what a class (or a function that makes an object) takes, those passed on by ``**kwargs`` included."""
-    parser = ArgumentParser(exit_on_error=False)
-    if inspect.isclass(kind):
-        parser.add_class_arguments(kind, fail_untyped=False)
-    else:
-        parser.add_function_arguments(kind, fail_untyped=False)
-    return tuple(dict.fromkeys(key.partition(".")[0] for key in parser.get_defaults().keys()))  # noqa: SIM118
 
 
 def _hints(kind: Any) -> dict[str, Any]:
@@ -165,3 +214,5 @@ def _strategy(value: Any) -> Iterator[str]:
         near = nearest(name, known)
         hint = f"the nearest is {near}" if near else f"known are {', '.join(known)}"
         yield f"  trainer.strategy: {value!r} is not known; {hint}."
+    elif ":" in value:
+        yield from _unknown(parse_spec(value).settings, settings_of(name), "trainer.strategy")

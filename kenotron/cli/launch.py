@@ -8,6 +8,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import os
 import re
 import shlex
 import shutil
@@ -34,6 +36,9 @@ def slurm(options: argparse.Namespace) -> int:
         path = Path(options.output or f"{options.job_name or Path(options.config).stem}.sbatch")
         path.write_text(text)
         Path(options.log_dir).mkdir(parents=True, exist_ok=True)  # SLURM does not make it, and the job fails in silence
+    except FileNotFoundError as error:
+        print(f"{error.filename}: there is no such file.", file=sys.stderr)
+        return 2
     except (ValueError, OSError, yaml.YAMLError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -55,7 +60,7 @@ def script(options: argparse.Namespace) -> str:
         ValueError: a setting that SLURM would not take, or a configuration that can't be read.
     """
     _check(options)
-    settings = _read(options.config)
+    settings = _checked(options)
     lines = ["#!/bin/bash", *(f"#SBATCH --{each}" for each in _directives(options)), ""]
     lines += [
         f"# Trains {options.config} on {options.nodes} × {options.gpus_per_node} processes.",
@@ -95,11 +100,58 @@ def _check(options: argparse.Namespace) -> None:
             raise ValueError(f"{word!r} can't stand in a line of a batch script. Give one word.")
 
 
-def _read(path: str) -> dict[str, Any]:
-    config = yaml.safe_load(Path(path).read_text())
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} is no configuration: a mapping with model, data and trainer.")
-    return config
+def _checked(options: argparse.Namespace) -> dict[str, Any]:
+    """Return the configuration, once it is seen that the job can run it.
+
+    Raises:
+        ValueError: unknown keys or options, or a layout that does not fit the processes.
+    """
+    from kenotron.cli.fit import problems_of  # the other commands need no torch
+
+    here = os.getcwd()
+    if options.chdir is not None and Path(options.chdir).is_dir():
+        os.chdir(options.chdir)  # from where class paths begin, and the configuration is read
+    try:
+        settings, problems = problems_of(options.config, options.fit_options)
+    finally:
+        os.chdir(here)
+    if options.container is not None:  # which has packages that this machine has not
+        problems = [each for each in problems if "can't be imported" not in each]
+    if problems:
+        raise ValueError(f"{options.config}:\n" + "\n".join(problems))
+    trainer = settings.get("trainer") or {}
+    _check_layout(trainer.get("strategy"), options.nodes * options.gpus_per_node, options.config)
+    if not _saves_last(trainer):
+        print(
+            f"{options.config}: no ModelCheckpoint has save_last: true, and the job goes on from the last checkpoint. After a "
+            "crash it would begin anew, or where it was preempted. Set save_last: true.",
+            file=sys.stderr,
+        )
+    return settings
+
+
+def _check_layout(strategy: Any, world_size: int, path: str) -> None:
+    from kenotron.compare.strategies import parse_spec
+    from kenotron.layout import ParallelLayout
+
+    name = strategy if isinstance(strategy, str) else strategy.get("class_path", "") if isinstance(strategy, dict) else ""
+    if "kenotron" not in name.lower().partition(":")[0]:
+        return
+    given = parse_spec(name).settings if isinstance(strategy, str) else strategy.get("init_args") or {}
+    axes = {field.name for field in dataclasses.fields(ParallelLayout)} & given.keys()
+    if any(given[axis] == "auto" for axis in axes - {"dp"}):
+        return  # the planner chooses on the cluster
+    try:
+        ParallelLayout(**{axis: given[axis] for axis in axes}).resolve(world_size)
+    except ValueError as error:
+        raise ValueError(f"{path}, trainer.strategy: {error} --nodes × --gpus-per-node are {world_size}.") from error
+
+
+def _saves_last(trainer: Any) -> bool:
+    callbacks = trainer.get("callbacks") or []
+    callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+    arguments = [each.get("init_args") or {} for each in callbacks if isinstance(each, dict)]
+    return any(each.get("save_last") for each in arguments)
 
 
 def _directives(options: argparse.Namespace) -> list[str]:

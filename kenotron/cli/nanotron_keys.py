@@ -44,10 +44,24 @@ _HINTS = (
     (r"checkpoints\.load_(lr_scheduler|optimizer)", "a checkpoint is restored whole"),
     (r"logging\..*", "Python's logging decides"),
     (r"metrics_logging\..*", "callbacks log, as kenotron.callbacks has them"),
-    (r"optimizer\.optimizer_factory\.torch_adam_is_fused", "torch chooses"),
+    (r"optimizer\.(optimizer_factory\.)?torch_adam_is_fused", "torch chooses"),
+    (r"tokens\.limit_test_batches", "nothing is tested while training: kenotron test"),
+    (r"data_stages\.\d+\.data\.(seed|num_loading_workers)", "those of the first stage hold for all"),
+    (r"doremi\.domain_names", "kenotron.TokenData names its corpora"),
+    (r"doremi\..*", "kenotron.callbacks.DoReMi finds weights: docs/callbacks.md and examples/doremi"),
+    (r"model\.model_config\.(moe_capacity_factor|moe_config\.token_dispatcher_type)", "experts take all of their tokens"),
+    (r"model\.model_config\.(fused_add_norm|interleaved_rotary)", "the model decides"),
+    (r"model\.model_config\.(rms_norm|dtype)", "mamba of transformers has RMS norms; trainer.precision decides the dtype"),
+    (r"model\.model_config\.ssm_cfg\.(use_fast_path|dt_.*)", "transformers' mamba begins as its authors' does"),
+    (r"model\.init_method\.n_residuals_per_layer", "one, as in transformers' mamba"),
+    (r"parallelism\.moe_layer_recompute", "the strategy's recompute covers all layers"),
+    (
+        r".*\.dataset\.(use_old_brrr_dataloader|tokenizer_name|skip_in_stream|shuffle_files|return_positions|pad_samples.*)",
+        "kenotron.TokenData draws all samples in one order, from corpora that know their tokenizer",
+    ),
     (r"optimizer\.learning_rate_scheduler\.lr_warmup_style", "the rate rises linearly"),
     (r"lighteval\..*", "kenotron export writes what lighteval reads"),
-    (r"s3_upload\..*", "a callback moves published checkpoints"),
+    (r"s3_upload\..*", "fsspec's own settings decide; kenotron.callbacks.Upload sends checkpoints"),
     (r"profiler\..*", "arguments of torch.profiler.profile may follow dirpath"),
 )
 
@@ -118,8 +132,14 @@ class Keys:
 
     def lost(self) -> list[Lost]:
         """Return the keys that nobody took; what is null says nothing."""
-        found = [Lost(key, value, _hint(key)) for key, value in _leaves(self._config, "") if key not in self._taken]
+        found = [Lost(key, value, _hint(key)) for key, value in _leaves(self._config, "") if not self._is_taken(key)]
         return found + [Lost(key, None, hint) for key, hint in self._missed.items()]
+
+    def _is_taken(self, key: str) -> bool:
+        """Return whether a key was read, or a mapping that it is in as a whole."""
+        parts = key.split(".")
+        wholes = {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+        return not self._taken.isdisjoint(wholes)
 
     def _find(self, path: str) -> Any:
         node: Any = self._config

@@ -13,6 +13,8 @@ _FAMILIES = {
     "is_llama_config": "llama",
     "is_qwen2_config": "qwen2",
     "is_starcoder2_config": "starcoder2",
+    "is_mamba_config": "mamba",
+    "is_llamoe_config": "mixtral",
 }
 
 #: Names that are the same in both.
@@ -43,7 +45,16 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 4096, "rope_theta": 10000.0, "sliding_window": None,
     },
 }  # fmt: skip
-_DEFAULTS["qwen2"] = _DEFAULTS["llama"]
+_DEFAULTS["qwen2"] = _DEFAULTS["mixtral"] = _DEFAULTS["llama"]
+_DEFAULTS["mamba"] = {"vocab_size": 50277, "hidden_size": 2560, "num_hidden_layers": 64, "layer_norm_epsilon": 1e-5}
+
+_MAMBA = {"d_model": "hidden_size", "rms_norm_eps": "layer_norm_epsilon", "residual_in_fp32": "residual_in_fp32"}
+#: Of ``ssm_cfg``.
+_SSM = {
+    "d_state": "state_size", "d_conv": "conv_kernel", "expand": "expand", "bias": "use_bias", "conv_bias": "use_conv_bias",
+    "dt_rank": "time_step_rank", "dt_min": "time_step_min", "dt_max": "time_step_max", "dt_init_floor": "time_step_floor",
+    "dt_scale": "time_step_scale", "dt_init": "time_step_init_scheme",
+}  # fmt: skip
 
 
 def model_of(keys: Keys, tp: int) -> dict[str, Any]:
@@ -63,6 +74,13 @@ def model_of(keys: Keys, tp: int) -> dict[str, Any]:
         found |= _starcoder2(keys)
     if family == "qwen2":
         found |= _qwen2(keys)
+    if family == "mamba":
+        found |= _mamba(keys)
+    if family == "mixtral":
+        found["num_local_experts"] = keys.number(f"{_CONFIG}.moe_num_experts", 8)
+        found["num_experts_per_tok"] = keys.number(f"{_CONFIG}.num_experts_per_tok", 1)
+        if found["num_experts_per_tok"] > 1:
+            keys.miss(f"{_CONFIG}.num_experts_per_tok", "weights of the experts of a token sum to 1 here")
     multiple = keys.take("model.make_vocab_size_divisible_by", 1) or 1
     if multiple > 1:
         found["vocab_size"] = -(-found["vocab_size"] // (multiple * tp)) * multiple * tp
@@ -83,6 +101,20 @@ def _family(keys: Keys) -> str:
     if keys.peek(_CONFIG) is None:
         raise ValueError(f"{_CONFIG} is missing.")
     return "llama"  # what the first configurations did not say
+
+
+def _mamba(keys: Keys) -> dict[str, Any]:
+    found = {ours: value for theirs, ours in _MAMBA.items() if (value := keys.take(f"{_CONFIG}.{theirs}", None)) is not None}
+    inner = {
+        ours: value for theirs, ours in _SSM.items() if (value := keys.take(f"{_CONFIG}.ssm_cfg.{theirs}", None)) is not None
+    }
+    width = keys.take("model.init_method.initializer_range", None)
+    found |= inner | ({} if width is None else {"initializer_range": float(width)})
+    rescale = keys.take("model.init_method.rescale_prenorm_residual", None)
+    found |= {} if rescale is None else {"rescale_prenorm_residual": bool(rescale)}
+    multiple = int(keys.take(f"{_CONFIG}.pad_vocab_size_multiple", 1) or 1)
+    vocab_size = int(keys.take(f"{_CONFIG}.vocab_size", _DEFAULTS["mamba"]["vocab_size"]))
+    return found | {"vocab_size": -(-vocab_size // multiple) * multiple}
 
 
 def _starcoder2(keys: Keys) -> dict[str, Any]:

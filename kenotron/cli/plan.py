@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import re
 import sys
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +17,12 @@ from kenotron.planning import report
 from kenotron.planning.layouts import Job
 from kenotron.planning.memory import all_ranks, shortage, table
 from kenotron.planning.model import ModelSpec
-from kenotron.planning.planner import Plan, explain, nearest, plan
+from kenotron.planning.planner import Plan, Tracer, explain, nearest, plan
 
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "B": 10**9}
+
+#: Between two lines of progress in a log.
+_TOLD_EVERY_S = 5.0
 
 
 def run(options: argparse.Namespace) -> int:
@@ -46,7 +52,28 @@ def _plan(options: argparse.Namespace) -> Plan:
         optimizer_states=options.optimizer_states,
         fixed=_fixed(options),
     )
-    return plan(model, job, top=options.top)
+    with _progress() as tell:
+        return plan(model, job, top=options.top, traces=Tracer(model, job, tell))
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Yield what tells on stderr how far the search is: over and over on one line of a terminal, in a log now and then."""
+    began, shown = time.perf_counter(), sys.stderr.isatty()
+    last = began
+
+    def tell(text: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        if shown:
+            print(f"\r{now - began:4.0f} s: {text}\x1b[K", end="", file=sys.stderr, flush=True)
+        elif now - last >= _TOLD_EVERY_S:
+            print(f"{now - began:4.0f} s: {text}", file=sys.stderr, flush=True)
+            last = now
+
+    yield tell
+    if shown:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 def batch_samples(text: str, seq: int) -> int:

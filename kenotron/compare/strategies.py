@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -85,10 +87,36 @@ def make_strategy(text: str, instead: Mapping[Any, Any] | None = None) -> Any:
     """
     spec = check_spec(text)
     make, defaults = _maker(spec.name)
+    known = settings_of(spec.name)
+    for name in spec.settings.keys() - set(known):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(known)}"
+        raise ValueError(f"{text!r}: {spec.name} has no setting {name}; {hint}.")
     try:
         return (instead or {}).get(make, make)(**{**defaults, **spec.settings})
     except TypeError as error:
         raise ValueError(f"{text!r}: {error}") from error
+
+
+def settings_of(name: str) -> tuple[str, ...]:
+    """Return the names of the settings of a strategy that is known by name."""
+    from kenotron.strategies import KenotronStrategy
+
+    made = _maker(name)[0]
+    return parameters_of(made if inspect.isclass(made) or "." in name else KenotronStrategy)  # ours are made lazily
+
+
+@functools.cache
+def parameters_of(kind: Any) -> tuple[str, ...]:
+    """Return the names of what a class (or a function that makes an object) takes, those passed on by ``**kwargs`` included."""
+    from jsonargparse import ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    if inspect.isclass(kind):
+        parser.add_class_arguments(kind, fail_untyped=False)
+    else:
+        parser.add_function_arguments(kind, fail_untyped=False)
+    return tuple(dict.fromkeys(key.partition(".")[0] for key in parser.get_defaults().keys()))  # noqa: SIM118
 
 
 def _maker(name: str) -> tuple[Any, dict[str, Any]]:

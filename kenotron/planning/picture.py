@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kenotron.planning.planner import Plan, Planned
-from kenotron.planning.schedule import bubble_of, simulate
+from kenotron.planning.schedule import simulate
 
 _MEMORY = {
     "parameters": "#3b6ea8", "gradients": "#6fa3d0", "optimizer": "#1f3f66", "activations": "#d98c3f", "work": "#f0c27b",
@@ -116,7 +116,6 @@ def _timeline(axes: Any, planned: Planned) -> None:
     axes.set_ylabel("pipeline rank" if pp > 1 else "a rank")
     axes.set_xlabel("seconds")
     some = "" if shown == count else f", the first {shown} of {count} microbatches"
-    every = spans if shown == count else simulate(schedule, pp, choice.virtual_stages, count, time.forward, time.backward)
-    bubble = f"; bubble of all {bubble_of(every, pp):.1%}" if pp > 1 else ""
+    bubble = f"; bubble {time.bubble / time.step:.1%} of a step" if pp > 1 else ""  # the table's figure
     axes.set_title(f"the first one: forward (blue) and backward (orange){some}{bubble}", fontsize=10)
     axes.spines[["top", "right"]].set_visible(False)

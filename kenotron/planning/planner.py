@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from kenotron.parallel.recompute import Recompute
@@ -51,11 +51,11 @@ class Tracer:
     """Traces of one model, each made once.
 
     Args:
-        model: what is traced. job: its sequences and precision.
+        model: what is traced. job: its sequences and precision. tell: called with a line before each trace, which takes long.
     """
 
-    def __init__(self, model: ModelSpec, job: Job) -> None:
-        self._model, self._job = model, job
+    def __init__(self, model: ModelSpec, job: Job, tell: Callable[[str], None] | None = None) -> None:
+        self._model, self._job, self._tell = model, job, tell
         self._found: dict[Cut, Trace | ValueError] = {}
 
     def __call__(self, choice: Choice) -> Trace:
@@ -76,6 +76,9 @@ class Tracer:
     def of(self, cut: Cut) -> Trace:
         """Return the trace of one cut."""
         if cut not in self._found:
+            if self._tell is not None:
+                sharing = f", sequence parallel {'on' if cut.sequence_parallel else 'off'}, recompute {cut.recompute.mode}"
+                self._tell(f"tracing the model with tp {cut.tp}, ep {cut.ep}{sharing}: number {len(self._found) + 1}")
             try:
                 self._found[cut] = trace(self._model, cut)
             except ValueError as error:

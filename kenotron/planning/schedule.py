@@ -84,9 +84,3 @@ def simulate(
                 waiting.remove(rank)
         assert moved or not waiting, "the schedule waits for itself"
     return spans
-
-
-def bubble_of(spans: Sequence[Span], pp: int) -> float:
-    """Return the share of all ranks' time in which they wait."""
-    length = max(span.end for span in spans)
-    return 1 - sum(span.end - span.start for span in spans) / (length * pp)

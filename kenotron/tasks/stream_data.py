@@ -22,7 +22,7 @@ from kenotron.data.stream import Sampling
 from kenotron.data.streamed import Cursor, DocumentStream, cursor_from_state, cursor_to_state, samples_of
 from kenotron.data.windows import check_sequence_length
 from kenotron.parallel.plan import transformers_models
-from kenotron.tasks.token_data import TokenData, num_processed_batches
+from kenotron.tasks.token_data import TokenData, check_positions, num_processed_batches
 
 if TYPE_CHECKING:
     _DataModule = L.LightningDataModule
@@ -219,6 +219,7 @@ class StreamDataBase(_DataModule):
     def _model_vocab_size(self) -> int | None:
         assert self.trainer is not None
         models = [model for _, model in transformers_models(self.trainer.lightning_module)]
+        check_positions(models, self.sequence_length)
         sizes = [model.config.get_text_config(decoder=True).vocab_size for model in models]
         return self._vocab_size or min(sizes, default=None)
 

@@ -356,6 +356,7 @@ class TokenDataBase(_DataModule):
         """Refuse ids that the model does not know, where they can be found before training. Returns the vocabulary's size."""
         assert self.trainer is not None
         models = [model for _, model in transformers_models(self.trainer.lightning_module)]
+        check_positions(models, max([self.sequence_length, *(stage.sequence_length or 0 for stage in self._stages)]))
         sizes = [model.config.get_text_config(decoder=True).vocab_size for model in models]
         vocab_size = self._vocab_size or min(sizes, default=None)
         if vocab_size is None:
@@ -373,6 +374,22 @@ class TokenDataBase(_DataModule):
             for name in sources:
                 _open(name, given[name], vocab_size, self._cache)
         return vocab_size
+
+
+def check_positions(models: Sequence[Any], sequence_length: int) -> None:
+    """Refuse samples that are longer than a model says it can take, which rotary embeddings compute without a word.
+
+    Raises:
+        ValueError: ``sequence_length`` is beyond ``max_position_embeddings``.
+    """
+    for model in models:
+        most = getattr(model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        if isinstance(most, int) and 0 < most < sequence_length:
+            raise ValueError(
+                f"sequence_length={sequence_length}, and the model has max_position_embeddings={most}. Set sequence_length to "
+                f"{most} or less, or in the model's configuration max_position_embeddings to {sequence_length} (and "
+                "rope_parameters, where its weights were trained on shorter sequences)."
+            )
 
 
 def num_processed_batches(trainer: Any) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from recorder_helpers import VOCABULARY, config, quiet
 from torch.nn import functional as F
@@ -110,9 +110,12 @@ def enter(name: str, entry: str, folder: str) -> int:
     shown = {"enable_progress_bar": False, "enable_model_summary": False}
     found = make(name, path)
     saving = ModelCheckpoint(path / "checkpoints", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    bars = [each for each in found if isinstance(each, ProgressBar)]
+    shown["enable_progress_bar"] = bool(bars)
     if entry == "barebones":  # saves nothing, so that Upload has to wait for a preemption
         found += [callbacks.Preemption(path / "preempted")] if name == "Upload" else []
-        trainer = L.Trainer(**common, barebones=True, callbacks=found)
+        own = [each for each in found if each not in bars]  # Lightning refuses bars there
+        trainer = L.Trainer(**common, barebones=True, callbacks=own)
     else:
         logger = CSVLogger(path / "logs")
         trainer = L.Trainer(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 import uuid
 from collections.abc import Iterator
@@ -101,6 +102,42 @@ def test_all_that_is_published_arrives_and_comes_back(tmp_path: Path, capsys: py
     resumed, _ = fit(str(tmp_path / "more"), url, steps=8, resume=str(tmp_path / "back"))
     assert resumed.global_step == 8
     assert RemoteFolder(url).names()[-1] == "step=8.ckpt"
+
+
+def test_last_is_copied_at_the_target_where_it_is_the_step_that_was_sent(flaky: str, tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path, every_n_train_steps=2, save_top_k=-1, filename="{step}", save_last=True)
+    trainer = make_trainer({}, Upload(flaky, **QUICK), saving, max_steps=4, enable_checkpointing=True)
+    trainer.fit(Net(), data())
+    shards = [name for name in Flaky.order if not name.endswith("manifest.json")]
+    linked = {file.stat().st_ino for file in (tmp_path / "step=4.ckpt").iterdir()}
+    assert all(file.stat().st_ino in linked for file in (tmp_path / "last.ckpt").iterdir() if file.name != "manifest.json")
+    assert "step=4.ckpt" in str(shards) and not [name for name in shards if name.startswith("last.ckpt")][1:]
+    for name in ("step=2.ckpt", "step=4.ckpt", "last.ckpt"):
+        place = Upload.fetch(flaky, tmp_path / "back" / name, name)
+        assert verify(place).is_whole
+        assert same(place, tmp_path / name)
+
+
+def test_a_copy_is_never_made_of_what_was_overwritten(flaky: str, tmp_path: Path) -> None:
+    remote = RemoteFolder(flaky)
+
+    def put(name: str, text: str, link: str | None = None) -> None:
+        file = tmp_path / name
+        file.unlink(missing_ok=True)
+        if link is None:
+            file.write_text(text)
+        else:
+            os.link(tmp_path / link, file)
+        target = f"/there/{name.partition('-')[0]}/file"
+        remote._send_file(file, remote._place()[0], target, save_id=uuid.uuid4().hex)
+        assert remote._place()[0].cat_file(target) == text.encode()
+
+    put("one", "1111")
+    put("last-1", "1111", link="one")
+    put("two", "2222")
+    put("last-2", "2222", link="two")
+    put("one-again", "3333")  # at the place of the first
+    put("best", "1111", link="last-1")
 
 
 def test_an_unreachable_target_is_tried_again_and_the_manifest_comes_last(flaky: str, tmp_path: Path) -> None:

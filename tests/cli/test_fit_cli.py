@@ -225,8 +225,48 @@ def test_all_unknown_keys_are_told_at_once(folder: Path, capsys: pytest.CaptureF
 
 
 def test_unknown_options_name_the_nearest_known_one(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    err = refused(capsys, "--config", "x.yaml", "--trainer.max_stepz", "3")
-    assert "--trainer.max_stepz is not known; the nearest is --trainer.max_steps." in err
+    for options, told in [
+        ("--trainer.max_stepz 3", "trainer.max_stepz is not known; the nearest is max_steps."),
+        ("--ckpt_pth last", "--ckpt_pth is not known; the nearest is --ckpt_path."),
+        ("--data.sequence_lenght 5", "data.sequence_lenght is not known; the nearest is sequence_length."),
+        ("--data.loading.num_worker=3", "data.loading.num_worker is not known; the nearest is num_workers."),
+        ("--trainer.strategy kenotronn", "'kenotronn' is not known; the nearest is kenotron."),
+        ("--trainer.strategy kenotron:tpp=2", "trainer.strategy.tpp is not known; the nearest is tp."),
+        ("--trainer.strategy.tp 2", "settings of a strategy that is named are written with its name"),
+        (
+            "--trainer.strategy=kenotron.KenotronStrategy --trainer.strategy.zero 1",
+            "zero is not known; the nearest is zero_stage",
+        ),
+        ("--trainer.callbacks+=kenotron.callbacks.Perplexty", "The nearest is kenotron.callbacks.Perplexity."),
+        ("--trainer.callbacks.init_args.dirpth x", "trainer.callbacks.init_args.dirpth is not known; the nearest is dirpath."),
+        ("--optimizer torch.optim.AdamW --optimizer.lrr 3", "optimizer.lrr is not known; the nearest is lr."),
+        ("--modle.x 3", "modle is not known; the nearest is model."),
+    ]:
+        err = refused(capsys, "--config", "x.yaml", *options.split())
+        assert told in err, options
+        assert "Subtypes" not in err
+
+
+def test_known_options_reach_the_classes_that_are_named(folder: Path) -> None:
+    options = (
+        "--data.sequence_length 8 --trainer.callbacks+=kenotron.callbacks.Throughput --trainer.callbacks.every_n_train_steps 3"
+    )
+    options += " --trainer.strategy kenotron:tp=1,zero_stage=2 --trainer.callbacks.count_flops=false --model.learning_rate=1e-3"
+    cli = KenotronCLI(args=["fit", "--config", "x.yaml", *options.split()])
+    assert cli.datamodule.sequence_length == 8
+    assert cli.trainer.strategy.layout.zero_stage == 2
+
+
+def test_samples_that_are_longer_than_the_model_are_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"sequence_length=32, and the model has max_position_embeddings=24"):
+        KenotronCLI(args=["fit", "--config", "x.yaml", "--data.sequence_length=32", "--model.model.max_position_embeddings=24"])
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_training(folder: Path) -> None:
+    (folder / "file").touch()
+    place = folder / "file" / "checkpoints"
+    with pytest.raises(ValueError, match=r"checkpoints can't be written to .*file/checkpoints: Not a directory"):
+        KenotronCLI(args=["fit", "--config", "x.yaml", f"--trainer.callbacks.dirpath={place}"])
 
 
 @pytest.mark.parametrize(
@@ -259,3 +299,18 @@ def test_all_commands_are_listed_at_once() -> None:
     for name in ("fit", "validate", "test", "predict", "compare", "checkpoint", "completion"):
         assert f"\n    {name} " in done.stdout
     assert done.stdout.splitlines()[-1] == "False"
+
+
+# ---- Progress -------------------------------------------------------------------------------------------------------
+
+
+def test_a_log_has_a_line_for_each_log_and_none_of_what_is_not_the_users(folder: Path) -> None:
+    text = changed(folder, trainer={"enable_progress_bar": None, "log_every_n_steps": 2, "max_steps": 4})
+    command = [sys.executable, "-m", "kenotron.cli", "fit", "--config", text]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True, cwd=folder)
+    lines = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("step ")]
+    assert [line[0] for line in lines] == ["step 2/4", "step 4/4"]
+    for line in lines:
+        assert [part.split()[0] for part in line[1:4]] == ["loss", "lr", "grad"]
+        assert "tokens/s" in line[4] and "GiB" in line[5] and "left" in line[6]
+    assert "deprecated" not in done.stderr and "is zero" not in done.stderr

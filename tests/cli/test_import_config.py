@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from transformers import AutoConfig
 
 from kenotron.cli import main
 from kenotron.cli.fit import KenotronCLI
@@ -170,3 +171,58 @@ def test_the_result_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     ]  # fmt: skip
     cli = KenotronCLI(args=["--config", "ours.yaml"], run=False)
     assert cli.trainer.max_steps == 6
+
+
+def test_what_was_converted_as_a_whole_is_not_called_lost() -> None:
+    folders = {"/data/llama-3.1": 0.25, "/data/b": 0.75}
+    changes = {"data_stages": [{"start_training_step": 1, "data": {"dataset": {"dataset_folder": folders}, "seed": 3}}]}
+    scaling = {"rope_type": "linear", "factor": 2.0}
+    config, named = imported(given(**changes, model__model_config__rope_scaling=scaling))
+    assert config["data"]["init_args"]["weights"] == {"llama-3.1": 0.25, "b": 0.75}
+    assert config["model"]["init_args"]["model"]["rope_scaling"] == scaling
+    assert not [one.key for one in named if "dataset_folder" in one.key or "rope_scaling" in one.key]
+
+
+def test_older_configurations_have_one_data_section_and_a_flat_optimizer() -> None:
+    old = given()
+    old["data"] = {"dataset": {"hf_dataset_or_datasets": "texts"}, "seed": 5, "num_loading_workers": 2}
+    del old["data_stages"]
+    old["optimizer"] = {key: value for key, value in old["optimizer"].items() if key != "optimizer_factory"}
+    old["optimizer"] |= {"adam_beta1": 0.8, "adam_beta2": 0.99, "adam_eps": 1e-6, "torch_adam_is_fused": True}
+    config, named = imported(old)
+    assert config["data"]["init_args"]["corpora"] == {"texts": "tokens/texts"}
+    assert config["data"]["init_args"]["sampling"]["seed"] == 5
+    model = config["model"]["init_args"]
+    assert (model["betas"], model["eps"]) == ([0.8, 0.99], 1e-6)
+    assert not [one.key for one in named if "adam_beta" in one.key or "adam_eps" in one.key]
+
+
+def test_uploads_become_a_callback() -> None:
+    upload = {"upload_s3_path": "s3://bucket/run", "remove_after_upload": True, "s5cmd_numworkers": 8}
+    config, named = imported(given(s3_upload=upload))
+    assert config["trainer"]["callbacks"][1] == {
+        "class_path": "kenotron.callbacks.Upload", "init_args": {"url": "s3://bucket/run", "delete_local": True},
+    }  # fmt: skip
+    assert [one.key for one in named if one.key.startswith("s3_upload")] == ["s3_upload.s5cmd_numworkers"]
+
+
+def test_mamba_and_llamoe() -> None:
+    mamba = {
+        "is_mamba_config": True, "d_model": 32, "num_hidden_layers": 2, "vocab_size": 61, "pad_vocab_size_multiple": 8,
+        "rms_norm_eps": 1e-6, "ssm_cfg": {"d_state": 4, "d_conv": 3, "expand": 2, "bias": False, "dt_rank": "auto"},
+    }  # fmt: skip
+    model = imported(given(model__model_config=mamba))[0]["model"]["init_args"]["model"]
+    wanted = {
+        "model_type": "mamba",
+        "hidden_size": 32,
+        "vocab_size": 64,
+        "state_size": 4,
+        "conv_kernel": 3,
+        "time_step_rank": "auto",
+    }
+    assert wanted.items() <= model.items()
+    assert AutoConfig.for_model(**model).time_step_rank == 2
+    experts = {"is_llamoe_config": True, "hidden_size": 32, "moe_num_experts": 4, "num_experts_per_tok": 1}
+    config, _ = imported(given(model__model_config=experts))
+    model = config["model"]["init_args"]["model"]
+    assert (model["model_type"], model["num_local_experts"], model["num_experts_per_tok"]) == ("mixtral", 4, 1)

@@ -100,9 +100,22 @@ def test_submit_without_slurm_is_told(
         (("--time", "soon"), "--time soon: write minutes"),
         (("--env", "A"), "--env A: write it as NAME=VALUE"),
         (("--partition", "a\nrm"), "can't stand in a line"),
-        (("--config", "nowhere.yaml"), "nowhere.yaml"),
+        (("--config", "nowhere.yaml"), "nowhere.yaml: there is no such file"),
+        (("--config", "typo.yaml"), "trainer.max_stepz is not known; the nearest is max_steps"),
+        (("--config", "tp3.yaml", "--gpus-per-node", "8"), "= 3 does not divide the world of 8 processes"),
+        (("--config", "tp3.yaml", "--gpus-per-node", "3", "--", "--data.sequence_lenght=3"), "the nearest is sequence_length"),
     ],
 )
 def test_bad_input_is_told(folder: Path, options: tuple[str, ...], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "typo.yaml").write_text("trainer: {max_stepz: 10}\n")
+    (folder / "tp3.yaml").write_text("trainer: {strategy: 'kenotron:tp=3'}\n")
     assert main(["launch", "slurm", "--config", "my run.yaml", "--dry-run", *options]) == 2
     assert told in capsys.readouterr().err
+
+
+def test_a_run_that_could_not_go_on_after_a_crash_is_told(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    saving = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_last: %s}}"
+    for value, is_told in (("true", False), ("false", True)):
+        (folder / "my run.yaml").write_text(f"trainer: {{callbacks: [{saving % value}]}}\n")
+        assert main(["launch", "slurm", "--config", "my run.yaml", "--dry-run"]) == 0
+        assert ("Set save_last: true" in capsys.readouterr().err) == is_told

@@ -16,8 +16,14 @@ from kenotron.planning.memory import all_ranks, fullest, in_flight, shortage
 from kenotron.planning.model import ModelSpec
 from kenotron.planning.planner import Tracer, check, choice_of, plan
 from kenotron.planning.published import CALIBRATE, TEST
-from kenotron.planning.schedule import bubble_of, order, simulate
+from kenotron.planning.schedule import Span, order, simulate
 from kenotron.testing import RankPool
+
+
+def bubble_of(spans: list[Span], pp: int) -> float:
+    """Return the share of all ranks' time in which they wait."""
+    length = max(span.end for span in spans)
+    return 1 - sum(span.end - span.start for span in spans) / (length * pp)
 
 
 @pytest.fixture(scope="module")
