@@ -57,7 +57,7 @@ def name_by_rank(folder: str, strategy: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("strategy", [{}, {"tp": 2}], ids=["dp2", "tp2"])
 def test_all_ranks_save_to_the_path_of_rank_0_and_know_it(pool: RankPool, strategy: dict[str, Any], tmp_path: Path) -> None:
-    first, second = pool.run(name_by_rank, 2, str(tmp_path), strategy)
+    first, second = pool.run(name_by_rank, 2, str(tmp_path), strategy, timeout_s=300)
     assert first == second
     assert first["caught"] == "'on every rank'"
     assert [path for path in first["paths"] if not is_checkpoint(path)] == [], os.listdir(tmp_path)
