@@ -7,6 +7,8 @@ from datetime import timedelta
 
 import torch
 from torch.distributed import TCPStore
+from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam
+from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.stage import _PipelineStageBase
 
@@ -78,3 +80,18 @@ def test_a_backward_pass_is_known_from_within() -> None:
     x.register_hook(lambda grad: seen.append(_torch.is_in_backward()))
     x.sum().backward()
     assert seen == [True] and not _torch.is_in_backward()
+
+
+def test_data_that_is_set_has_another_storage() -> None:
+    weight = torch.nn.Parameter(torch.ones(2))
+    before = _torch.storage_id(weight)
+    weight.detach().mul_(2)
+    assert _torch.storage_id(weight) == before
+    weight.data = torch.zeros(2)
+    assert _torch.storage_id(weight) != before
+
+
+def test_groups_of_parameters_are_gathered_by_what_is_watched() -> None:
+    names = {"unshard", "_to_unsharded", "_to_sharded", "pre_backward", "post_backward", "is_sharded", "is_unsharded"}
+    assert names <= set(dir(FSDPParamGroup))
+    assert {"init_unsharded_param", "unsharded_param"} <= set(dir(FSDPParam))
