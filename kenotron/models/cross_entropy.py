@@ -76,7 +76,8 @@ def linear_cross_entropy(
             (on CUDA: a device-side assert, as in torch).
     """
     if isinstance(weight, VocabularyWeight):  # a head's, under tensor parallelism
-        weight, group = weight.own, weight.group
+        group = weight.group
+        weight = weight.own
     if labels.shape != hidden.shape[:-1]:
         raise ValueError(
             f"labels of shape {tuple(labels.shape)} for hidden states of shape {tuple(hidden.shape)}: each hidden state needs "

@@ -126,7 +126,7 @@ class Parallelized:
     def enclose(self, call: Callable[[], Any]) -> Any:
         """Run ``call()``, a step, with the root's own parameters at hand."""
         is_seen_through = self.shares is None or not self.shares.needs_graph
-        stance = contextlib.nullcontext() if is_seen_through else torch.compiler.set_stance("force_eager")
+        stance: Any = contextlib.nullcontext() if is_seen_through else torch.compiler.set_stance("force_eager")
         with stepping(), stance:
             return call() if self.sharded is None else self.sharded.enclose(call)
 

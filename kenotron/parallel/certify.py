@@ -148,7 +148,8 @@ def _stand_in(model: nn.Module) -> Any:
     found = copy.deepcopy(model, memo).cpu().eval()
     for module in found.modules():
         if isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward:
-            module.forward = _thin_product(module.in_features, module.out_features, generator)  # type: ignore[method-assign]
+            product: Any = _thin_product(module.in_features, module.out_features, generator)
+            module.forward = product  # type: ignore[method-assign]
     for module in find_experts(found).values():
         module.forward = functools.partial(_thin_experts, call_of(module))
     return found

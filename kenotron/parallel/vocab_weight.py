@@ -53,7 +53,7 @@ class VocabularyWeight(Tensor):
         rows, *others = self.own.shape
         return torch.Size((rows * self.group.size(), *others))
 
-    def size(self, dim: int | None = None) -> Any:  # type: ignore[override]
+    def size(self, dim: int | None = None) -> Any:
         return self.shape if dim is None else self.shape[dim]
 
     @classmethod
