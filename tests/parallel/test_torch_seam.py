@@ -78,3 +78,9 @@ def test_a_backward_pass_is_known_from_within() -> None:
     x.register_hook(lambda grad: seen.append(_torch.is_in_backward()))
     x.sum().backward()
     assert seen == [True] and not _torch.is_in_backward()
+
+
+def test_modes_see_factories_and_can_be_left() -> None:
+    assert {torch.empty, torch.arange, torch.tensor, torch.as_tensor} <= _torch.device_constructors()
+    with torch.device("meta"), _torch.without_functions():
+        assert torch.ones(2).device.type == "cpu"
