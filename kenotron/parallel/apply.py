@@ -195,6 +195,7 @@ def parallelize(
         context.look(root, layout.cp, request.context)
     if mesh is not None:
         init.broadcast_weights(root, request.device)
+        init.check_alike(places)
         pp_groups = _cut(done, mesh, plan, blocks, request)
         _expert_parallel(done, expert_mesh, list(experts), request)
         kv_groups = _tensor_parallel(done, mesh, plan, blocks, request)

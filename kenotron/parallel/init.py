@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor
 
 from kenotron.checkpoint.format import Piece
 from kenotron.parallel._torch import compute_local_shape_and_global_offset
-from kenotron.parallel.deferred import Place, record_source, values
+from kenotron.parallel.deferred import Place, fingerprint, record_source, values
 from kenotron.parallel.pieces import local_pieces
 from kenotron.parallel.recording import is_recording, recording
 from kenotron.parallel.reset import INITIALISER, initial_values, initialisers
@@ -132,6 +132,20 @@ def broadcast_weights(root: nn.Module, device: torch.device) -> None:
             moved = tensor.data.to(device)
             dist.broadcast(moved, 0)
             tensor.data.copy_(moved)
+
+
+def check_alike(places: Mapping[str, Place]) -> None:
+    """Raise ``ValueError`` on ranks whose ``configure_model`` did something else to a weight than rank 0's."""
+    own = {name: fingerprint(place) for name, place in places.items()}
+    box: list[Any] = [own]
+    dist.broadcast_object_list(box, 0)
+    differing = sorted(name for name in own.keys() | box[0].keys() if own.get(name) != box[0].get(name))
+    if differing:
+        more = ", …" if len(differing) > 4 else ""
+        raise ValueError(
+            f"configure_model gives {', '.join(differing[:4])}{more} other values on this rank than on rank 0. Every rank must "
+            "build the same module: seed numpy and random alike (lightning.seed_everything), and never build by rank."
+        )
 
 
 def places_of(root: nn.Module) -> dict[str, Place]:

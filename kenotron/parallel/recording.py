@@ -30,7 +30,7 @@ _OVERWRITING = frozenset(
 #: They ask for values, and what they return is real.
 _VALUE_TAGS = (torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape)
 
-_IS_META, _DEVICE = Tensor.is_meta.__get__, Tensor.device.__get__  # type: ignore[attr-defined]
+_IS_META, _SET_DATA = Tensor.is_meta.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
 
 
 _active: ContextVar[_Operators | None] = ContextVar("_active", default=None)
@@ -241,7 +241,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _Functions(TorchFunctionMode):
-    """What operators do not tell: recorded tensors pretend to be on the CPU, and have values for code that is not torch's."""
+    """What operators do not tell: recorded tensors do not tell that they are on the meta device, and have values for all."""
 
     def __init__(self, operators: _Operators) -> None:
         super().__init__()
@@ -250,14 +250,14 @@ class _Functions(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         first = args[0] if args and isinstance(args[0], Tensor) and Place.of(args[0]) is not None else None
+        if func == _SET_DATA:
+            return func(args[0], self._alike(args[1], first))
         if func in device_constructors():
             return self._construct(func, args, kwargs, first)
         if first is None:
             return func(*args, **kwargs)
         if func == _IS_META:  # initialisers do nothing on the meta device, where nothing can be done
             return False
-        if func == _DEVICE:
-            return torch.device("cpu")
         if func is Tensor.new_tensor:
             return torch.tensor(*args[1:], **{"dtype": first.dtype, **kwargs, "device": torch.device("cpu")})
         if func in (Tensor.numpy, Tensor.__array__, Tensor.tolist, Tensor.__dlpack__):
@@ -267,6 +267,17 @@ class _Functions(TorchFunctionMode):
         if func is Tensor.to:
             args, kwargs = _without_device(args, kwargs)
         return func(*args, **kwargs)
+
+    def _alike(self, value: Tensor, first: Tensor | None) -> Tensor:
+        """Return a tensor that can take the place of another one's ``data``: recorded or real, as that is."""
+        place = Place.of(value)
+        if first is not None and place is None and not value.is_meta:
+            made = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
+            return made.copy_(value.detach())
+        if first is None and place is not None:
+            with self._operators.paused():
+                return place.value()
+        return value
 
     def _construct(self, func: Any, args: Any, kwargs: Any, first: Tensor | None) -> Any:
         device = kwargs.get("device")

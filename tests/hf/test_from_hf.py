@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BertConfig, BertForMaskedLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaPreTrainedModel
 
 from kenotron.hf import ModelMismatchError, ShardTruncatedError, from_hf
 from kenotron.models import Decoder, Mamba
@@ -228,23 +229,22 @@ def test_parameters_that_are_not_made_by_factories_are_read(tmp_path):
     assert expected.keys() == found.keys() and all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-class Scaled(LlamaForCausalLM):
-    """A module inside has a buffer that the whole model's ``_init_weights`` fills, as FalconH1 has."""
+def test_a_buffer_that_the_models_initialiser_fills_has_its_values(tmp_path, monkeypatch):
+    """As FalconH1 has one: the module itself leaves its memory as it was found."""
+    saved(tmp_path)
+    build, initialise = LlamaDecoderLayer.__init__, LlamaPreTrainedModel._init_weights
 
-    def __init__(self, config):
-        super().__init__(config)
-        self.model.layers[0].register_buffer("scales", torch.empty(4), persistent=False)
-        self.post_init()
+    def build_with_scales(self, *args):
+        build(self, *args)
+        self.register_buffer("scales", torch.empty(4), persistent=False)
 
-    def _init_weights(self, module):
-        super()._init_weights(module)
-        if hasattr(module, "scales"):
+    def fill_scales(self, module):
+        initialise(self, module)
+        if "scales" in module._buffers:
             module.scales.copy_(torch.arange(4.0))
 
-
-def test_a_buffer_that_the_models_initialiser_fills_has_its_values(tmp_path, monkeypatch):
-    saved(tmp_path)
-    monkeypatch.setattr("transformers.LlamaForCausalLM", Scaled)
+    monkeypatch.setattr(LlamaDecoderLayer, "__init__", build_with_scales)
+    monkeypatch.setattr(LlamaPreTrainedModel, "_init_weights", fill_scales)
     assert from_hf(tmp_path, implementation="transformers").model.layers[0].scales.tolist() == [0, 1, 2, 3]
 
 

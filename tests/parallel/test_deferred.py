@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kenotron.parallel.deferred import Place, record_source, values
+from kenotron.parallel.deferred import Place, fingerprint, record_source, values
 from kenotron.parallel.init import materialize, places_of
 from kenotron.parallel.recording import recording
 from kenotron.parallel.shards import Shards
@@ -26,6 +26,7 @@ def initialised() -> nn.Module:
     m.old.data.normal_()
     m.old.data[0] = 3
     m.old.data[1:3].mul_(2)
+    m.other.bias.data = torch.tensor([1.0, 2.0, 3.0, 4.0])
     m.drawn = nn.Parameter(torch.normal(0.0, 1.0, (20, 3)))
     m.transposed = nn.Parameter(m.linear.weight.detach().clone().t().contiguous() * 2)
     m.rows = nn.Parameter(m.drawn.data[:4].clone())
@@ -166,6 +167,22 @@ def test_what_cannot_be_right_is_told():
     constant.zero_()
     with pytest.raises(ValueError, match=r"changed after configure_model.*clone"):
         values([Place.of(copied)])
+
+
+def test_ranks_that_build_otherwise_are_found_by_fingerprints():
+    def build(seed: int, given: float, last: bool) -> int:
+        torch.manual_seed(seed)
+        with recording():
+            weight = torch.empty(3).normal_().add_(torch.full((3,), given))
+            weight.mul_(torch.tensor([given] * 3))
+            if last:
+                weight.zero_()
+        place = Place.of(weight)
+        assert place is not None
+        return fingerprint(place)
+
+    assert build(0, 1.0, False) == build(0, 1.0, False)
+    assert len({build(0, 1.0, False), build(1, 1.0, False), build(0, 2.0, False), build(0, 1.0, True)}) == 4
 
 
 def test_memory_whose_device_is_named_is_real():

@@ -95,3 +95,9 @@ def test_groups_of_parameters_are_gathered_by_what_is_watched() -> None:
     names = {"unshard", "_to_unsharded", "_to_sharded", "pre_backward", "post_backward", "is_sharded", "is_unsharded"}
     assert names <= set(dir(FSDPParamGroup))
     assert {"init_unsharded_param", "unsharded_param"} <= set(dir(FSDPParam))
+
+
+def test_modes_see_factories_and_can_be_left() -> None:
+    assert {torch.empty, torch.arange, torch.tensor, torch.as_tensor} <= _torch.device_constructors()
+    with torch.device("meta"), _torch.without_functions():
+        assert torch.ones(2).device.type == "cpu"
