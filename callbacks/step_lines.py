@@ -27,7 +27,8 @@ class StepLines(L.Callback):
     The loss is that which the module logs as ``loss`` or ``train_loss``, or what its last step returned; the gradient norm is
     that before clipping, over all ranks, and takes a collective at these steps alone; tokens are those of all ranks, by the
     time since the last line without validation; memory is rank 0's peak on its GPU, or what the process has resident. Where
-    the strategy hides gradients (Lightning's FSDP, DeepSpeed), or they are sparse, the norm is left out. ``kenotron fit`` has it by itself.
+    the strategy hides gradients (Lightning's FSDP, DeepSpeed), or they are sparse, the norm is left out. ``kenotron fit`` has
+    it by itself.
 
     Args:
         every_n_train_steps: optimizer steps between two of them; ``None``: the trainer's ``log_every_n_steps``.
