@@ -8,7 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
@@ -90,7 +90,9 @@ class StepLines(L.Callback):
             self._began, self._step = time.perf_counter(), trainer.global_step
             if trainer.is_global_zero:
                 bar = trainer.progress_bar_callback
-                (bar.print if isinstance(bar, ProgressBar) and bar.is_enabled else _print)(" | ".join(parts))
+                (bar.print if isinstance(bar, RichProgressBar | TQDMProgressBar) and bar.is_enabled else _print)(
+                    " | ".join(parts)
+                )
 
     def _parts(self, trainer: Any, outputs: Any) -> list[str]:
         step, steps = trainer.global_step, trainer.max_steps

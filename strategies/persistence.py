@@ -112,10 +112,10 @@ class Persistence(StrategyBase):
                 self._announcements.set(save_id, told)
             return own
         limit_s = self._checkpoint_settings.exception_timeout_s if self._is_failing else self._checkpoint_settings.timeout_s
-        told = self._announced(save_id, limit_s)
-        if told is None:
+        announced = self._announced(save_id, limit_s)
+        if announced is None:
             return own
-        first, paths = json.loads(told)
+        first, paths = json.loads(announced)
         for callback, theirs in zip(callbacks, paths, strict=False):
             take_paths(callback, theirs)
         return str(first)

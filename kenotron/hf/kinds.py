@@ -36,6 +36,7 @@ def class_of(config: Any, stored: Mapping[str, Any], path: str | os.PathLike[str
             f"{', but ' + ', '.join(near) if near else ''}. Set architectures to the class that its weights are of; custom "
             "code is not run."
         )
+    assert kind.config_class is not None
     if not isinstance(config, kind.config_class):
         raise ValueError(
             f"{path}: architectures={list(names)} wants a {kind.config_class.__name__}, and the configuration is a "

@@ -64,7 +64,7 @@ class Place(NamedTuple):
         memory = memory_of(tensor)
         if memory is None:
             return None
-        return Place(memory, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.storage_offset())
+        return Place(memory, tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), int(tensor.storage_offset()))
 
     @property
     def is_written(self) -> bool:
@@ -201,7 +201,7 @@ def _run(operation: Operation, real: dict[Memory, torch.UntypedStorage]) -> None
 def _tensor(place: Place, real: dict[Memory, torch.UntypedStorage]) -> Tensor:
     if place.memory not in real:  # zeros: what nobody writes is the same on all ranks
         real[place.memory] = torch.zeros(place.memory.num_bytes, dtype=torch.uint8).untyped_storage()
-    return torch.empty(0, dtype=place.dtype).set_(real[place.memory], place.offset, place.shape, place.stride)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=place.dtype).set_(real[place.memory], place.offset, place.shape, place.stride)
 
 
 def _written(operation: Operation) -> list[Memory]:

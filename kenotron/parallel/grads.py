@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -52,6 +53,10 @@ def _gradient(param: nn.Parameter) -> Tensor:
     if param.grad is None:
         param.grad = torch.zeros_like(param)
     return param.grad
+
+
+def _gradients_of_rows(rows: Mapping[nn.Parameter, Sequence[tuple[int, int]]], param: nn.Parameter) -> list[Tensor]:
+    return [_gradient_rows(param, *each) for each in rows[param]]
 
 
 def _gradient_rows(param: nn.Parameter, start: int, length: int) -> Tensor:
@@ -107,9 +112,8 @@ class OwedSums:
         for size, group in self._kv_groups.items():
             rows = self._shared_rows(params, size)
             if rows:
-                sum_gradients(
-                    list(rows), group, lambda param, rows=rows: [_gradient_rows(param, *each) for each in rows[param]]
-                )
+                parts = functools.partial(_gradients_of_rows, rows)
+                sum_gradients(list(rows), group, parts)
 
     def _shared_rows(self, params: Mapping[str, nn.Parameter], size: int) -> dict[nn.Parameter, list[tuple[int, int]]]:
         """Return the rows, as start and length, that ``size`` tp ranks hold."""

@@ -256,7 +256,7 @@ def _recorded_buffer(place: Place, memories: dict[int, tuple[Any, Tensor]], devi
         whole = Place(place.memory, torch.uint8, (place.memory.num_bytes,), (1,), 0)
         memories[id(place.memory)] = (place.memory, values([whole])[0].to(device))
     storage = memories[id(place.memory)][1].untyped_storage()
-    return torch.empty(0, dtype=place.dtype, device=device).set_(storage, place.offset, place.shape, place.stride)  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=place.dtype, device=device).set_(storage, place.offset, place.shape, place.stride)
 
 
 def _make_attributes(module: nn.Module, memories: dict[int, tuple[Any, Tensor]], device: torch.device) -> None:

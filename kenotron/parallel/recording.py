@@ -237,7 +237,7 @@ class _Operators(TorchDispatchMode):
         extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         if self._scratch.nbytes() < extent * tensor.element_size():
             self._scratch = torch.UntypedStorage(extent * tensor.element_size())
-        return torch.empty(0, dtype=tensor.dtype).set_(self._scratch, 0, tensor.shape, tensor.stride())  # type: ignore[call-overload,no-any-return]
+        return torch.empty(0, dtype=tensor.dtype).set_(self._scratch, 0, tensor.shape, tensor.stride())
 
 
 class _Functions(TorchFunctionMode):

@@ -9,6 +9,7 @@ parallelism in between, which is right for any content.
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -92,6 +93,14 @@ _IN_SPLIT_REGIONS = {
 }
 
 
+def _enter_whole(shape: Region, tp: TensorParallel, x: Tensor) -> Tensor:
+    return shape.enter(gather_from(x, SEQUENCE_DIM, tp.group, grad="slice"))
+
+
+def _leave_whole(shape: Region, tp: TensorParallel, x: Tensor) -> Tensor:
+    return shape.leave(x, lambda y: scatter_to(y, SEQUENCE_DIM, tp.group))
+
+
 def apply_sequence_parallel(
     root: nn.Module, regions: dict[str, SequenceRegions], groups_of_blocks: Iterable[list[str]], tp: TensorParallel
 ) -> None:
@@ -112,10 +121,8 @@ def apply_sequence_parallel(
             for name in found.whole:
                 region = root.get_submodule(name)
                 shape = Region()
-                gather = _on_input(lambda x, of=shape: of.enter(gather_from(x, SEQUENCE_DIM, tp.group, grad="slice")))
-                region.register_forward_pre_hook(gather, with_kwargs=True)
-                leave = _on_output(lambda x, of=shape: of.leave(x, lambda y: scatter_to(y, SEQUENCE_DIM, tp.group)))
-                region.register_forward_hook(leave)
+                region.register_forward_pre_hook(_on_input(functools.partial(_enter_whole, shape, tp)), with_kwargs=True)
+                region.register_forward_hook(_on_output(functools.partial(_leave_whole, shape, tp)))
             if draws_masks(block):
                 _draw_apart(root, block, found, tp)
             for name in found.slices:
