@@ -58,5 +58,5 @@ def check_callbacks(callbacks: Iterable[Any], done: Parallelized) -> None:
         if kinds & {"StochasticWeightAveraging", "WeightAveraging"}:
             raise ValueError(
                 f"{type(callback).__name__} averages whole modules, and here every rank has parts of the parameters. Set "
-                "zero_stage=0 (strategy='kenotron_ddp'), or average in a callback of your own, over pl_module.parameters()."
+                "zero_stage=1 with tp=pp=ep=1, or average in a callback of your own, over pl_module.parameters()."
             )

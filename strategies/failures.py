@@ -111,6 +111,8 @@ class Failures(StrategyBase):
             self._let_go()
 
     def _let_go(self) -> None:
+        for update in self._updates or ():  # a copy of a strategy has none
+            update.remove()
         if self._hooks is not None:
             self._hooks.undo()
         if self._example_input is not None and self._lightning_module is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import uuid
 import warnings
@@ -21,17 +20,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torchmetrics import Metric
 
 from kenotron.checkpoint import Checkpointer, FolderClaim, Nodes, check_sharing, recover, remove_leftovers
 from kenotron.layout import ParallelLayout, ZeroStage
 from kenotron.optim.offload import HostState
-from kenotron.optim.placement import Placement, ShardAware, check_optimizer
 from kenotron.optim.zero import ShardedUpdate
 from kenotron.parallel import pipeline as pipelines
 from kenotron.parallel._torch import default_store, flatten
-from kenotron.parallel.apply import Parallelized, Request, parallelize, share_groups
+from kenotron.parallel.apply import Parallelized, Request, parallelize
 from kenotron.parallel.context import ContextKind, check_kind
 from kenotron.parallel.float8 import Float8
 from kenotron.parallel.grads import local
@@ -43,14 +40,15 @@ from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.auto import choose, take_apart
 from kenotron.strategies.checkpointing import check_path, check_writable, share_random_state
-from kenotron.strategies.checks import adopt_optimizer, check_callbacks, check_pipelined
+from kenotron.strategies.checks import check_callbacks, check_pipelined
 from kenotron.strategies.collectives import Collectives
-from kenotron.strategies.guard import Guard, StepGuard, check_precision_of_guard
+from kenotron.strategies.guard import Guard, StepGuard
 from kenotron.strategies.hooks import HookRelay, hide_example_input
 from kenotron.strategies.kept import Beliefs
 from kenotron.strategies.logs import LogRelay
 from kenotron.strategies.loss import TokenCount
 from kenotron.strategies.microbatches import Splitter
+from kenotron.strategies.optimizers import OptimizerSetup
 from kenotron.strategies.persistence import Persistence
 from kenotron.strategies.precision import check_gather, check_precision, share_overflow
 from kenotron.strategies.settings import AutoSettings, CheckpointSettings, ProcessGroupSettings
@@ -62,7 +60,7 @@ if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
-class KenotronStrategyBase(Training, Persistence, Collectives):
+class KenotronStrategyBase(Training, Persistence, OptimizerSetup, Collectives):
     """Train any LightningModule on data × tensor × pipeline × expert × context parallelism.
 
     Args:
@@ -364,50 +362,6 @@ class KenotronStrategyBase(Training, Persistence, Collectives):
             f"{self.layout.table(device=self.root_device.type)}\n"
             f"{self._done.num_parameters:,} parameters in all, {own:,} of them on rank 0",
         )
-
-    def setup_optimizers(self, trainer: Any) -> None:
-        super().setup_optimizers(trainer)
-        assert self._done is not None
-        if self._guard is not None:
-            check_precision_of_guard(str(self.precision_plugin.precision))
-            self._guards = {id(each): StepGuard(self._guard, each, self.root_device) for each in self.optimizers}
-        for optimizer in self.optimizers:
-            adopt_optimizer(optimizer, self._done, self.world_size)
-            check_optimizer(optimizer, self.layout)
-        self._updates = self._shard_updates()
-        for optimizer, update in zip(self.optimizers, self._updates or itertools.repeat(None), strict=False):
-            if isinstance(optimizer, ShardAware):
-                optimizer.bind(Placement.of(self._done, self._mesh, update.rows if update else lambda _: None))
-            mixed = {isinstance(p, DTensor) for group in optimizer.param_groups for p in group["params"] if p.numel()}
-            if len(mixed) > 1:  # scalars are not sharded: no single multi-tensor kernel takes both kinds
-                for group in optimizer.param_groups:
-                    group["foreach"] = False
-        if self._offload_optimizer:
-            sizes = self._done.sizes_alike()
-            self._offloaded = [HostState(each, sizes) for each in self.optimizers]
-
-    def _shard_updates(self) -> list[ShardedUpdate]:
-        """ZeRO 1: let each data-parallel rank update its share."""
-        assert self._done is not None
-        if self._mesh is None or self.layout.zero_stage != 1 or self.layout.dp_shard * self.layout.cp == 1:
-            return []
-        updates = []
-        for optimizer in self.optimizers:
-            for earlier in optimizer.__dict__.pop("_kenotron_updates", ()):  # of a Trainer before this one
-                earlier.remove()
-            update = ShardedUpdate(optimizer, self._done.names(), share_groups(self._done, self._mesh, self._expert_mesh),
-                                   tied=self._done.shards.holders)  # fmt: skip
-            optimizer.__dict__["_kenotron_updates"] = [update]
-            if update.granularity == "none" and self.is_global_zero:
-                kind = type(optimizer).__name__
-                _lightning.warn(
-                    self.names,
-                    f"{kind} is not known to treat parameters one by one: every rank updates all of them and holds all of its "
-                    f"state. If it does, set {kind}.is_by_parameter = True; if each element of its update depends on the same "
-                    f"element of gradient and state alone, set {kind}.is_elementwise = True.",
-                )
-            updates.append(update)
-        return updates
 
     def _check_checkpoint_paths(self, trainer: Any) -> None:
         """Refuse here what would otherwise be refused at the end of the first epoch."""
