@@ -11,6 +11,7 @@ import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import unset_fake_temporarily as with_real_tensors
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining.stage import _RecvInfo as RecvInfo
 from torch.distributed.tensor import DTensor
@@ -38,6 +39,7 @@ __all__ = [
     "storage_id",
     "unsharded_parameters",
     "watch_compilation",
+    "with_real_tensors",
     "without_functions",
 ]
 

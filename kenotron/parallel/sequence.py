@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kenotron.parallel._torch import with_real_tensors
 from kenotron.parallel.collectives import gather_from, scatter_to
 from kenotron.parallel.random import draws_masks
 from kenotron.parallel.region import SEQUENCE_DIM, Region
@@ -48,7 +49,8 @@ def _works_on_slices(module: nn.Module) -> bool:
     sizes = [param.shape[-1] for param in module.parameters() if param.ndim]
     if not type(module).__name__.endswith("Norm") or not sizes:
         return False
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
+    # The planner cuts modules without data; numbers are needed here.
+    with with_real_tensors(), torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"):
         memo: dict[int, Any] = {id(param): nn.Parameter(torch.rand(param.shape)) for param in module.parameters()}
         memo |= {id(buffer): torch.rand(buffer.shape).to(buffer.dtype) for buffer in module.buffers()}
         x = torch.rand(2, 4, sizes[0])
@@ -57,7 +59,7 @@ def _works_on_slices(module: nn.Module) -> bool:
             whole, part = norm(x), norm(x[:, :2])
         except Exception:  # of any code: it is called otherwise, and then gets whole sequences
             return False
-    return isinstance(whole, Tensor) and whole.shape == x.shape and torch.allclose(whole[:, :2], part, atol=1e-5)
+        return isinstance(whole, Tensor) and whole.shape == x.shape and torch.allclose(whole[:, :2], part, atol=1e-5)
 
 
 def regions_of(block: nn.Module, name: str, styles: dict[str, str]) -> SequenceRegions:

@@ -101,3 +101,8 @@ def test_modes_see_factories_and_can_be_left() -> None:
     assert {torch.empty, torch.arange, torch.tensor, torch.as_tensor} <= _torch.device_constructors()
     with torch.device("meta"), _torch.without_functions():
         assert torch.ones(2).device.type == "cpu"
+
+
+def test_real_tensors_are_made_within_a_fake_mode() -> None:
+    with _torch.FakeTensorMode(), _torch.with_real_tensors():
+        assert torch.ones(2).sum().item() == 2
