@@ -118,9 +118,11 @@ class Training(Failures):
             closure = self._guarded(guard, optimizer, closure)
         try:
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
-        except BaseException:
+        except BaseException as error:
             for update in self._updates:
                 update.restore()
+            if isinstance(error, Exception):  # a collective may have failed, of the gradients or of the update
+                self._raise_explained(error)
             raise
         if self._done is not None and self._done.loads is not None:
             update_expert_bias(self._user_module, self._sum_over_data)

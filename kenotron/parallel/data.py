@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -48,10 +50,19 @@ class GradientReducer:
         if not trained:
             return
         self._waiting = [p for p in self._waiting if not p.requires_grad]
+        # Python's collector does not see through hooks of C++: with itself in them, neither this object, nor the model, nor the
+        # connections of the group would ever go.
+        reducer = weakref.ref(self)
+
+        def ready(param: Tensor, number: int, index: int) -> None:
+            if (alive := reducer()) is not None:
+                alive._ready(alive._buckets[number], index)
+
         for bucket in map(_Bucket, _buckets(trained)):
-            self._buckets.append(bucket)
             for index, param in enumerate(bucket.params):
-                param.register_post_accumulate_grad_hook(lambda p, b=bucket, i=index: self._ready(b, i))
+                hook = functools.partial(ready, number=len(self._buckets), index=index)
+                param.register_post_accumulate_grad_hook(hook)
+            self._buckets.append(bucket)
 
     def arm(self) -> None:
         """Let the backward pass that comes reduce; without it gradients only accumulate."""
