@@ -80,7 +80,8 @@ class PendingSave:
         self._sources, self._has_eager = sources, sources.has_eager
 
     def _can_be_linked(self) -> bool:
-        is_there = self._written is None or self._written[0].exists()  # where it is not written yet, it will be
+        # Until it has ended it has no final place, but will have one before the worker comes to what links to it.
+        is_there = not self.done() or self._written is None or self._written[0].exists()
         return self.error is None and is_there
 
     def wait_eager(self) -> None:
