@@ -223,10 +223,10 @@ class KenotronCLI(LightningCLI):
             text = stored_config(path) if Path(path).is_dir() else Path(path).read_text()
             config = yaml.safe_load(text) or {}
             completed = complete(config)
+            problems = unknown_keys(completed, self._options)
         except (ValueError, CheckpointError, OSError, yaml.YAMLError) as error:
             self._options.error(f"--config {path}: {error}")
         self._given_config |= completed
-        problems = unknown_keys(completed, self._options)
         if problems:
             self._options.error(f"--config {path}:\n" + "\n".join(problems))
         return path if completed == config and not Path(path).is_dir() else yaml.safe_dump(completed, sort_keys=False)

@@ -19,6 +19,7 @@ from kenotron.checkpoint import LocalTensor, SyncShardWriter, read_manifest, sav
 from kenotron.checkpoint.format import Piece, bytes_of
 from kenotron.checkpoint.save import remove_tree
 from kenotron.durable import fsync, fsync_directory, make_directories
+from kenotron.hf.configuration import load_config
 from kenotron.hf.directory import HFDirectory
 from kenotron.hf.export import find_record, read_whole
 from kenotron.hf.load import DirectoryWeights, check_tensors, follow_ties
@@ -49,11 +50,9 @@ def hf_to_kenotron(path: PathLike, out: PathLike, *, name: str = "model") -> Pat
     Raises:
         ValueError: an architecture that neither covers, tensors that do not fit, or ``out`` is there.
     """
-    from transformers import AutoConfig
-
     directory = HFDirectory(path)
     directory.config()
-    config = AutoConfig.from_pretrained(directory.path, local_files_only=True)
+    config = load_config(directory.path)
     model = _empty(config)
     pieces = follow_ties(directory, model, model_pieces(config))
     check_tensors(directory, model, pieces)

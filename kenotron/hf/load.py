@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kenotron.checkpoint.boxes import Box, intersect
 from kenotron.checkpoint.format import Piece as LocalPiece
+from kenotron.hf.configuration import load_config
 from kenotron.hf.conversions import transformers_pieces
 from kenotron.hf.directory import HFDirectory
 from kenotron.hf.errors import ModelMismatchError
@@ -53,7 +54,7 @@ def from_hf(
         HFDirectoryError: a ``ValueError``: files that can't be read, or tensors that do not fit the model; all are named.
         ValueError: an architecture that is not covered.
     """
-    from transformers import AutoConfig, GenerationConfig
+    from transformers import GenerationConfig
 
     from kenotron.models.own import is_ours, own_class
 
@@ -62,7 +63,7 @@ def from_hf(
     directory = HFDirectory(path)
     stored = directory.config() if config is None or (directory.path / "config.json").is_file() else {}
     if config is None:
-        config = AutoConfig.from_pretrained(directory.path, local_files_only=True, trust_remote_code=False)
+        config = load_config(directory.path)
     kind = class_of(config, stored, directory.path)
     ours = is_ours(config, check_implementation(implementation, config, kind))
     with recording(dtype, draw=False):

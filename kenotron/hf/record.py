@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from kenotron.hf.configuration import load_config
 from kenotron.parallel.plan import transformers_models
 from kenotron.tokenizers import has_tokenizer
 
@@ -132,7 +133,4 @@ def _class_of(model: nn.Module) -> type:
 
 def record_of_directory(path: str | os.PathLike[str], name: str, implementation: str) -> ModelRecord:
     """Return the record of a model whose configuration lies in a directory, for checkpoints that have none."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(path, local_files_only=True, trust_remote_code=False)
-    return ModelRecord.of(config, name, implementation, source=str(path))
+    return ModelRecord.of(load_config(path), name, implementation, source=str(path))

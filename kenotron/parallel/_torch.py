@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch._subclasses.fake_tensor import unset_fake_temporarily as with_real_tensors
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.pipelining.stage import _RecvInfo as RecvInfo
@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = [
     "OVERLAP_OPTION",
+    "FakeTensor",
     "FakeTensorMode",
     "RecvInfo",
     "SilentGroup",

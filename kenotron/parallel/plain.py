@@ -17,6 +17,7 @@ from torch import nn
 from kenotron.models.head import Head
 from kenotron.models.layers import RMSNorm
 from kenotron.models.mixer import GatedNorm
+from kenotron.parallel._torch import FakeTensor
 from kenotron.parallel.shards import canonical
 
 _REMEDY = "Leave it and the linears it works with out of the plan, so that each tp rank keeps them whole, or set tp=1."
@@ -108,7 +109,7 @@ def _check_parameter(module: nn.Module, name: str, style: str, key: str) -> None
             f"plan[{name!r}] = {style!r}: {key} of {class_name(module)} is no parameter of it but {how} (weight norm, spectral "
             f"norm, pruning, another parametrisation), so that there is nothing to cut. {_REMEDY}"
         )
-    if type(param) is not nn.Parameter:
+    if type(param) not in (nn.Parameter, FakeTensor):  # the planner cuts those, which have no data
         raise ValueError(
             f"plan[{name!r}] = {style!r}: {key} of {class_name(module)} is a {class_name(param)}, not a plain nn.Parameter, "
             f"and can't be cut. {_REMEDY}"

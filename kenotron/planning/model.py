@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kenotron.files import read_regular
+from kenotron.hf.configuration import refused
 from kenotron.models.own import Implementation, build
 from kenotron.parallel import stages
 from kenotron.parallel.expert import find_experts
@@ -182,6 +183,8 @@ def read_config(path: Path) -> Any:
         return AutoConfig.for_model(family, **values)
     except (ValueError, KeyError) as error:
         raise ValueError(f"{path}: transformers knows no model_type {family!r}: {str(error)[:200]}") from None
+    except Exception as error:  # of the classes of transformers
+        raise refused(path, error) from error
 
 
 def _kv_size(config: Any) -> int:

@@ -84,13 +84,14 @@ class CausalLM(L.LightningModule):
         from transformers import AutoConfig
 
         from kenotron.hf import from_hf
+        from kenotron.hf.configuration import load_config
         from kenotron.models.own import build
 
         if isinstance(self._given, str) and not self._from_scratch:
             self.model = from_hf(self._given, implementation=self._implementation, **self._settings)
             return
         if isinstance(self._given, str):
-            config = AutoConfig.from_pretrained(self._given, local_files_only=True, trust_remote_code=False)
+            config = load_config(self._given)
         else:
             config = AutoConfig.for_model(**self._given)
         self.model = build(config, self._implementation, **self._settings)

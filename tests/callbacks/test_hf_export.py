@@ -36,7 +36,7 @@ class Module(L.LightningModule):
         return loss
 
     def configure_optimizers(self) -> Any:
-        return torch.optim.AdamW(self.parameters(), lr=1e-2)
+        return torch.optim.AdamW(self.parameters(), lr=1e-2, eps=1e-6)
 
 
 def fit(out: str, strategy: dict[str, Any], devices: int = 1, accumulate: int = 1, **settings: Any) -> None:

@@ -210,7 +210,7 @@ class Watch:
 
     def _see(self, event: str, args: tuple[Any, ...]) -> None:
         if self._is_awake and event in ("open", "os.listdir", "os.scandir", "import"):
-            if not str(args[0]).startswith(self._folder):
+            if not isinstance(args[0], int) and not str(args[0]).startswith(self._folder):  # a descriptor was opened before
                 self.opened.append(f"{event} {args[0]}")
 
     def __enter__(self) -> Watch:
