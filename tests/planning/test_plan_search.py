@@ -39,7 +39,7 @@ def traces(model: ModelSpec) -> Tracer:
 def test_best_fit_and_are_in_order(model: ModelSpec, traces: Tracer) -> None:
     wide = plan(model, job(), traces=traces)
     assert wide.best and wide.too_large == 0
-    steps = [planned.time.step for planned in wide.best]
+    steps = [round(planned.time.step, 4) for planned in wide.best]  # what is closer is equally fast: less memory comes first
     assert steps == sorted(steps)
     least = wide.smallest
     assert least is not None

@@ -28,10 +28,10 @@ class OnNodes(KenotronStrategy):  # type: ignore[misc]
     """Sees its node's folder under a path that is the same on all nodes."""
 
     def own(self, path: Any) -> str:
-        return str(path).replace("DISK", f"node-{self.node_rank}")
+        return str(path).replace("node-0", "DISK").replace("DISK", f"node-{self.node_rank}")
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
-        super().save_checkpoint(checkpoint, self.own(filepath), storage_options)
+    def _path_of_rank_0(self, path: Any, save_id: str) -> str:
+        return self.own(super()._path_of_rank_0(path, save_id))
 
     def remove_checkpoint(self, filepath: Any) -> None:
         super().remove_checkpoint(self.own(filepath))

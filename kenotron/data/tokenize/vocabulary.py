@@ -20,6 +20,7 @@ from kenotron.files import check_folder, read_regular
 #: The end of a document, and token 0, of a tokenizer that is trained here.
 END_OF_TEXT = "<|endoftext|>"
 #: Bytes, and the end of a document: no byte-level vocabulary is smaller.
+_MAX_HOLES = 1 << 20  # ids below the largest that no token has
 SMALLEST_VOCABULARY = 257
 
 
@@ -73,7 +74,10 @@ def flat(documents: list[list[int]], dtype: Any) -> tuple[np.ndarray, np.ndarray
 def _plain(file: Path) -> Any:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers has no other class
+        raise ValueError(f"{file} is no tokenizer that can be read: {error}") from None
     # What a model was fine-tuned with may stand in the file, and would cut every document.
     tokenizer.no_truncation()
     tokenizer.no_padding()
@@ -133,13 +137,17 @@ def read_vocabulary(folder: Path, *, eos_token: str | None = None) -> Vocabulary
         ValueError: it has no token ``eos_token``.
     """
     tokenizer = _plain(folder / "tokenizer.json")
+    ids = tokenizer.get_vocab(with_added_tokens=True).values()
+    size = max(ids, default=-1) + 1
+    if size > 2 * len(ids) + _MAX_HOLES:  # writing it out takes memory for each id that is left out
+        raise ValueError(f"{folder}/tokenizer.json numbers {len(ids)} tokens up to {size - 1}: it is damaged, or meant to harm.")
     config = json.loads(read_regular(folder / "tokenizer_config.json"))
     bos, eos = _token(config.get("bos_token")), eos_token or _token(config.get("eos_token"))
     if eos_token is not None and tokenizer.token_to_id(eos_token) is None:
         raise ValueError(f"eos_token={eos_token!r} is none of this tokenizer's tokens. Name one that it has.")
     return Vocabulary(
         digest=hashlib.sha256(tokenizer.to_str().encode()).hexdigest(),
-        size=max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1,
+        size=size,
         bos=bos,
         eos=eos,
         bos_id=None if bos is None else tokenizer.token_to_id(bos),
