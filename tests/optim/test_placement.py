@@ -126,7 +126,7 @@ def test_the_strategy_refuses_before_training(optim_pool: RankPool) -> None:
     for error in optim_pool.run(error_of, 2, Run(decoder, adafactor, {"zero_stage": 3})):
         assert error.startswith("Adafactor keeps means")
     for error in optim_pool.run(error_of, 2, Run(decoder, elsewhere, {"tp": 2})):
-        assert "none of the module's" in error
+        assert "none of the LightningModule's" in error
 
 
 def test_an_optimizer_without_placement_refuses_dtensors(optim_pool: RankPool) -> None:
