@@ -50,7 +50,8 @@ class Rows(NamedTuple):
 
     def dense(self, tensor: Tensor) -> Tensor:
         """Return these rows without gaps between elements, which fused optimizers take for granted."""
-        return self.of(tensor).contiguous()
+        rows = self.of(tensor)
+        return rows if self.length == tensor.shape[0] else rows.contiguous()
 
 
 def granularity_of(optimizer: Optimizer) -> Granularity:
