@@ -140,7 +140,7 @@ def read_vocabulary(folder: Path, *, eos_token: str | None = None) -> Vocabulary
     ids = tokenizer.get_vocab(with_added_tokens=True).values()
     size = max(ids, default=-1) + 1
     if size > 2 * len(ids) + _MAX_HOLES:  # writing it out takes memory for each id that is left out
-        raise ValueError(f"{folder}/tokenizer.json numbers {len(ids)} tokens up to {size - 1}: it is damaged, or meant to harm.")
+        raise ValueError(f"{folder}/tokenizer.json numbers {len(ids)} tokens up to {size - 1}: it is damaged.")
     config = json.loads(read_regular(folder / "tokenizer_config.json"))
     bos, eos = _token(config.get("bos_token")), eos_token or _token(config.get("eos_token"))
     if eos_token is not None and tokenizer.token_to_id(eos_token) is None:
