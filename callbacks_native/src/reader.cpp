@@ -28,7 +28,6 @@
 #include <optional>
 #include <system_error>
 #include <thread>
-#include <utility>
 #include <tuple>
 #include <utility>
 
@@ -65,7 +64,7 @@ public:
         }
         struct stat found {};
         if (::fstat(number_, &found) == 0 && S_ISREG(found.st_mode)) return;
-        code_ = EINVAL;
+        code_ = S_ISDIR(found.st_mode) ? EISDIR : EINVAL;
         ::close(std::exchange(number_, -1));
     }
     ~Descriptor() {
