@@ -1,13 +1,34 @@
-"""Modules and callbacks that can't go with a layout, refused before anything is cut or trained."""
+"""Settings, modules and callbacks that can't go together, refused before anything is cut or trained."""
 
 from __future__ import annotations
 
+import difflib
+import functools
 import inspect
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from kenotron.parallel.apply import Parallelized
 from kenotron.parallel.shards import successor
+
+
+def with_known_names(make: Callable[..., None]) -> Callable[..., None]:
+    """Let an ``__init__`` name the nearest setting where it is given one that it does not have.
+
+    The wrapped one raises ``ValueError`` for it.
+    """
+    known = [name for name in inspect.signature(make).parameters if name != "self"]
+
+    @functools.wraps(make)
+    def checked(self: Any, *args: Any, **settings: Any) -> None:
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+                hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(known)}"
+                raise ValueError(f"{type(self).__name__} has no setting {name}; {hint}.")
+        make(self, *args, **settings)
+
+    return checked
 
 
 def check_pipelined(module: Any, pp: int, *, overrides_backward: bool) -> None:

@@ -40,7 +40,7 @@ from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.auto import choose, take_apart
 from kenotron.strategies.checkpointing import check_path, check_writable, share_random_state
-from kenotron.strategies.checks import check_callbacks, check_pipelined
+from kenotron.strategies.checks import check_callbacks, check_pipelined, with_known_names
 from kenotron.strategies.collectives import Collectives
 from kenotron.strategies.guard import Guard, StepGuard
 from kenotron.strategies.hooks import HookRelay, hide_example_input
@@ -97,6 +97,7 @@ class KenotronStrategyBase(Training, Persistence, OptimizerSetup, Collectives):
         ValueError: settings that can't go together, here; sizes that do not fit the world or the module, at set-up.
     """
 
+    @with_known_names
     def __init__(
         self,
         tp: int | Literal["auto"] = 1,

@@ -81,10 +81,8 @@ class CausalLM(L.LightningModule):
         """Build the model; under a Kénotron strategy each rank makes, or reads, its own part alone."""
         if self.model is not None:  # Lightning calls this hook once for fit and once for validate
             return
-        from transformers import AutoConfig
-
         from kenotron.hf import from_hf
-        from kenotron.hf.configuration import load_config
+        from kenotron.hf.configuration import load_config, make_config
         from kenotron.models.own import build
 
         if isinstance(self._given, str) and not self._from_scratch:
@@ -93,7 +91,7 @@ class CausalLM(L.LightningModule):
         if isinstance(self._given, str):
             config = load_config(self._given)
         else:
-            config = AutoConfig.for_model(**self._given)
+            config = make_config(self._given)
         self.model = build(config, self._implementation, **self._settings)
         self.model.train()
 

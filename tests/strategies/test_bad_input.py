@@ -199,6 +199,7 @@ def test_every_rank_raises_a_value_error_that_says_what_to_type(name: str, pool:
         ({"cp": 2, "context": "spiral"}, "context='spiral' is unknown"),
         ({"ep": 2, "capacity_factor": 0}, "capacity_factor=0, ep=2"),
         ({"capacity_factor": 1.25}, "capacity_factor=1.25, ep=1"),
+        ({"tpp": 2}, "KenotronStrategy has no setting tpp; the nearest is tp"),
         ({"schedule": "gpipe", "pp": 2}, "schedule='gpipe' is unknown"),
         ({"schedule": "interleaved_1f1b", "pp": 2}, "set virtual_stages to 2 or more"),
         ({"virtual_stages": 2, "pp": 2}, "one stage per rank"),

@@ -26,6 +26,7 @@ from kenotron.data.rows import IGNORED
 from kenotron.data.source import ArraySource
 from kenotron.data.stream import Sampling
 from kenotron.data.tokenize.vocabulary import train_tokenizer
+from kenotron.hf.configuration import make_config
 from kenotron.tasks import CausalLM, ChatData, StreamData, TokenData
 from kenotron.testing import RankPool, RanksFailedError
 
@@ -225,6 +226,24 @@ def test_mistakes_are_told() -> None:
     for batch in ([1, 2], {"text": "x"}):
         with pytest.raises(ValueError, match="Give a mapping with input_ids"):
             CausalLM(MODEL)._loss(batch)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"model_type": "llama", "hiden_size": 64}, r"LlamaConfig has no setting hiden_size \(the nearest is hidden_size\)"),
+        ({"model_type": "lama"}, "no model_type 'lama'. Near it: llama"),
+        ({"model_type": "llama", "hidden_size": "wide"}, "no configuration that transformers takes"),
+    ],
+)
+def test_a_configuration_with_what_its_family_does_not_have_is_told(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CausalLM(settings).configure_model()
+
+
+def test_older_names_of_settings_are_taken() -> None:
+    config = make_config({"model_type": "llama", "rope_theta": 5e5, "torch_dtype": "bfloat16", "transformers_version": "4.1"})
+    assert config.rope_parameters["rope_theta"] == 5e5
 
 
 CONFIG = """
