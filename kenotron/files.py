@@ -41,7 +41,9 @@ def open_regular(path: str | os.PathLike[str]) -> BinaryIO:
 def read_regular(path: str | os.PathLike[str], limit: int = -1) -> bytes:
     """Return the bytes of a regular file, the first ``limit`` or all. Raises as ``open_regular``."""
     with open_regular(path) as file:
-        return file.read(limit)
+        # No more memory than the file takes: a limit is reserved before anything is read.
+        size = os.fstat(file.fileno()).st_size
+        return file.read(limit if limit < 0 else min(limit, size))
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 from kenotron.data.errors import CorpusFileMissingError, CorpusIndexError, CorpusMetadataError, CorpusSizeError
 from kenotron.data.mapped import MappedArray
 from kenotron.data.writing import DocumentWriter
-from kenotron.files import open_regular
+from kenotron.files import open_regular, read_regular
 
 _ENDS = np.dtype("<u8")
 _TOKENS: dict[int, np.dtype] = {2: np.dtype("<u2"), 4: np.dtype("<u4")}
@@ -146,8 +146,7 @@ def _read_metadata(path: Path) -> _Metadata | None:
     metadata = path.with_name(path.name + ".metadata")
     if not metadata.is_file():
         return None
-    with open_regular(metadata) as file:
-        content = file.read(1 << 20)  # names are short, and this may be any file
+    content = read_regular(metadata, 1 << 20)  # names are short, and this may be any file
     try:
         lines = content.decode("utf-8").split("\n")
     except UnicodeDecodeError as error:

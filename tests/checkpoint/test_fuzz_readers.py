@@ -13,6 +13,7 @@ import re
 import resource
 import shutil
 import time
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -94,6 +95,9 @@ READERS: dict[str, tuple[Callable[[Path], None], Callable[[Path], Any], list[str
 }  # fmt: skip
 #: What a reader may raise: that a file is no good, or that there is none.
 EXPECTED = (ValueError, OSError, RuntimeError)
+#: What the objects that JSON stands for, errors and tracebacks take in Python, beyond twice the bytes of the files: these
+#: have 20 kB at most.
+OBJECTS_BYTES = 256 << 10
 
 
 def mutated(good: bytes, name: str, generator: random.Random) -> bytes:
@@ -130,16 +134,20 @@ def read_mutations(folder: Path, reader: str, seed: int, count: int) -> dict[str
     make(folder)
     good = {name: (folder / name).read_bytes() for name in names}
     read(folder)  # so that what is imported late is there
+    held = sum(path.stat().st_size for path in folder.iterdir())
     problems: list[str] = []
     outcomes: Counter[str] = Counter()
     limits = resource.getrlimit(resource.RLIMIT_AS)
     in_use = int(re.search(r"VmSize:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) << 10  # type: ignore[index]
     resource.setrlimit(resource.RLIMIT_AS, (in_use + SPARE_BYTES, limits[1]))
+    tracemalloc.start()
     try:
         for number in range(count):
             generator = random.Random(seed * 1_000_003 + number)
             name = generator.choice(names)
-            (folder / name).write_bytes(mutated(good[name], name, generator))
+            (folder / name).write_bytes(content := mutated(good[name], name, generator))
+            tracemalloc.reset_peak()
+            before = tracemalloc.get_traced_memory()[0]
             began = time.monotonic()
             try:
                 read(folder)
@@ -152,8 +160,12 @@ def read_mutations(folder: Path, reader: str, seed: int, count: int) -> dict[str
                 problems.append(f"case {number}, {name}: {type(error).__name__}: {error!s:.200}")
             if time.monotonic() - began > PATIENCE_S:
                 problems.append(f"case {number}, {name}: took {time.monotonic() - began:.1f} s")
+            took = tracemalloc.get_traced_memory()[1] - before
+            if took > 2 * (held + len(content)) + OBJECTS_BYTES:
+                problems.append(f"case {number}, {name}: took {took} bytes for files of {held + len(content)}")
             (folder / name).write_bytes(good[name])
     finally:
+        tracemalloc.stop()
         resource.setrlimit(resource.RLIMIT_AS, limits)
     return {"problems": problems, "outcomes": dict(outcomes), "files": sorted(os.listdir(folder.parent))}
 
