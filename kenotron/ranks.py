@@ -14,7 +14,8 @@ Stopping together, without a collective per step:
 Main threads that wait at the gate can't be missed by a collective for long: the threads that answer never wait for them.
 
 A main thread that waits for a dead rank where torch has no limit of time, or one of half an hour, is not woken by an error.
-So its process is ended, some time after the failure, unless it has noticed by then.
+So its process is ended, some time after the failure, unless it has noticed by then. The same where ranks wait for each other in
+different collectives: what knows of these says so (`RankMonitor.who_parted`).
 """
 
 from __future__ import annotations
@@ -31,9 +32,10 @@ import torch.distributed as dist
 from kenotron.peers import Peers
 
 _PERIOD_S = 0.5
-_DIED = "ProcessEnded"
-#: How long a main thread may take to notice a failure: of a process that is gone; of one that has told, and may be working.
-_PATIENCE_S = {True: 15.0, False: 60.0}
+_DIED, _PARTED, _TOLD = "ProcessEnded", "RanksPartedError", ""
+#: How long a main thread may take to notice a failure: of a process that is gone; of ranks that wait for different things,
+#: which none of them notices; of one that has told, and may be working.
+_PATIENCE_S = {_DIED: 15.0, _PARTED: 1.0, _TOLD: 60.0}
 
 
 @dataclass(frozen=True)
@@ -49,8 +51,13 @@ class Failure:
         """Whether its process has ended without a word."""
         return self.kind == _DIED
 
+    @property
+    def patience_s(self) -> float:
+        """How long the main thread of another rank may take to notice it."""
+        return _PATIENCE_S.get(self.kind, _PATIENCE_S[_TOLD])
+
     def __str__(self) -> str:
-        if self.is_death:
+        if self.kind in _PATIENCE_S:
             return f"rank {self.rank} {self.message}"
         return f"rank {self.rank} failed: {self.kind}: {self.message}"
 
@@ -78,6 +85,8 @@ class RankMonitor:
         self._rank = rank
         self._world_size = world_size
         self._before_exit = before_exit
+        #: Asked once in a while, with the store: which rank waits for something else than this one, and what to say of it.
+        self.who_parted: Callable[[dist.Store], tuple[int, str] | None] = lambda store: None
         self._lock = threading.Condition()
         self._gate_closed = False
         self._passed = 0
@@ -179,6 +188,8 @@ class RankMonitor:
     def _look(self) -> None:
         if self._failure is None and self._store.check(["failure"]):
             self._note(_parsed(self._store.get("failure")))
+        if self._failure is None and (parted := self.who_parted(self._store)) is not None:
+            self._note(Failure(parted[0], _PARTED, parted[1]))
         if self._requested:
             self._store.set("stop", "1")
         if self._stop_at is None and self._store.check(["stop"]):
@@ -202,15 +213,17 @@ class RankMonitor:
 
     def _end_if_stuck(self) -> None:
         failure = self._failure
-        if failure is None or self._is_ending or time.monotonic() - self._failed_at < _PATIENCE_S[failure.is_death]:
+        if failure is None or self._is_ending or time.monotonic() - self._failed_at < failure.patience_s:
             return
         self._before_exit()
         if self._is_ending or self._finished.is_set():
             return
         frame = sys._current_frames().get(self._main)
         where = "" if frame is None else f" (in {frame.f_code.co_filename}:{frame.f_lineno}, {frame.f_code.co_name})"
-        print(f"rank {self._rank} ends, still waiting{where}: {failure}", file=sys.stderr, flush=True)
-        os._exit(1)
+        try:
+            print(f"rank {self._rank} ends, still waiting{where}: {failure}", file=sys.stderr, flush=True)
+        finally:  # also where nobody reads what is printed any more
+            os._exit(1)
 
     def _agree(self) -> None:
         with self._lock:

@@ -442,6 +442,7 @@ class KenotronStrategyBase(Training, Persistence, OptimizerSetup, Collectives):
         assert self._monitor is not None
         if self._done is not None and self._done.sharded is not None:
             self._done.sharded.gathered.has_failed = self._monitor.has_failed
+            self._monitor.who_parted = self._done.sharded.gathered.names.who_parted
         _lightning.disable_inference_mode(trainer)
         if not self.is_distributed:  # Lightning then drops sync_dist=True, and advises to set it
             warnings.filterwarnings("ignore", message="It is recommended to use `self.log")

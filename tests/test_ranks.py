@@ -76,7 +76,7 @@ def test_a_process_that_leaves_in_order_has_not_failed_and_takes_part_in_nothing
 def test_a_process_that_waits_for_a_dead_one_without_end_is_ended(
     store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(ranks, "_PATIENCE_S", {True: 0.1, False: 0.1})
+    monkeypatch.setattr(ranks, "_PATIENCE_S", dict.fromkeys(ranks._PATIENCE_S, 0.1))
     monitor = RankMonitor(store, 0, 2)
     child = start_rank_1(store.port, live_on)
     until(lambda: monitor._peers._ranks)
@@ -91,7 +91,7 @@ def test_a_process_that_waits_for_a_dead_one_without_end_is_ended(
 def test_who_handles_an_error_is_given_all_the_time_that_it_takes(
     store: dist.TCPStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranks, "_PATIENCE_S", {True: 0.0, False: 0.0})
+    monkeypatch.setattr(ranks, "_PATIENCE_S", dict.fromkeys(ranks._PATIENCE_S, 0.0))
     monitor = RankMonitor(store, 0, 2)
     monitor.begin_end()
     dist.PrefixStore("kenotron/0", store).set("failure", "1\nKeyError\n'x'")

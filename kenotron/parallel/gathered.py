@@ -8,12 +8,15 @@
 
 All ranks must gather the same modules in the same order: FSDP2 pairs collectives by order alone, and weights of one module
 would end up in another. In the first steps names are compared before each gather, through the job's store; later the sum of
-a step's names, at its end.
+a step's names, at its end. Where a rank waits for long, its monitor's thread tells the others what it has gathered in this
+step, and finds where they part (`CollectiveNames`).
 """
 
 from __future__ import annotations
 
 import itertools
+import json
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -23,12 +26,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from kenotron.devices import to_host
 from kenotron.parallel._torch import default_store, fsdp_groups, storage_id
 from kenotron.parallel.shards import attributes, canonical, hand_on_hooks
 
 _COMPARED_STEPS = 3
 _COMPARED_CALLS = 64  # where nothing is trained
 _PATIENCE_S = 15.0  # with a rank that is slow or gone: the collective itself waits, or fails
+_STUCK_S = 5.0
 _END = "nothing more in this step"
 _UNLIKE = (
     "Under zero_stage=2 and 3 every rank must run the same layers in the same order, since each has a part of all of them: "
@@ -36,6 +41,52 @@ _UNLIKE = (
 )
 
 _instances = itertools.count()
+
+
+class CollectiveNames:
+    """What this rank has gathered and reduced in this step, which others compare where all wait.
+
+    The step path appends to a list. Only where it has not done so for `_STUCK_S`, another thread puts the list into the store.
+    """
+
+    def __init__(self, ranks: list[int], name: str) -> None:
+        self._ranks, self._name = ranks, name
+        self._lock = threading.Lock()
+        self._round = 0
+        self._names: list[str] = []
+        self._moved = time.monotonic()
+        self._told: tuple[int, int] | None = None
+
+    def add(self, name: str) -> None:
+        """Note what this rank is about to wait for."""
+        with self._lock:
+            self._names.append(name)
+            self._moved = time.monotonic()
+
+    def restart(self) -> None:
+        """All ranks have come to the same place: a step's end."""
+        with self._lock:
+            self._round += 1
+            self._names = []
+
+    def who_parted(self, store: dist.Store) -> tuple[int, str] | None:
+        """Return a rank that waits for something else than this one, and what to say of it; from any thread."""
+        with self._lock:
+            current, names, waited_s = self._round, list(self._names), time.monotonic() - self._moved
+        if not names or waited_s < _STUCK_S:
+            return None
+        own = dist.get_rank()
+        key = f"waits/{self._name}/{current}"
+        if self._told != (current, len(names)):
+            store.set(f"{key}/{own}", json.dumps(names))
+            self._told = (current, len(names))
+        for rank in self._ranks:
+            if rank == own or not store.check([f"{key}/{rank}"]):
+                continue
+            for mine, other in zip(names, json.loads(store.get(f"{key}/{rank}")), strict=False):
+                if mine != other:
+                    return rank, f"is at {other!r} where rank {own} is at {mine!r}. {_UNLIKE}"
+        return None
 
 
 class GatheredParameters:
@@ -50,7 +101,9 @@ class GatheredParameters:
         self._group = group
         self._same_dtype = same_dtype
         self._groups = fsdp_groups(root)
-        self._store = dist.PrefixStore(f"kenotron/gathers/{next(_instances)}", default_store())
+        instance = next(_instances)
+        self._store = dist.PrefixStore(f"kenotron/gathers/{instance}", default_store())
+        self.names = CollectiveNames(dist.get_process_group_ranks(group), f"{instance}")
         self.has_failed: Callable[[], bool] = lambda: False  # whether another rank has
         modules = {id(module): canonical(name) for name, module in root.named_modules()}
         self._names: dict[int, str] = {}
@@ -67,6 +120,7 @@ class GatheredParameters:
         self._used: set[int] = set()  # had a gradient here since the last update
         self._filled: set[int] = set()  # got zeros, and had no gradient before
         self._order = 0
+        self._unread: tuple[Tensor, torch.cuda.Event | None] | None = None  # what the last step's names came to
         self._compared, self._calls, self._position = 0, 0, 0
 
     def _watch(self, group: Any, name: str) -> None:
@@ -101,6 +155,7 @@ class GatheredParameters:
 
         def reduce(*args: Any) -> None:
             if group.reduce_grads:
+                self.names.add(f"gradients of {name}")
                 for param in group.fsdp_params:
                     self._fill(param)
             post_backward(*args)
@@ -171,6 +226,7 @@ class GatheredParameters:
         Raises:
             ValueError: ranks have gathered different modules.
         """
+        self.names.add(_END)
         self._compare(_END)
         if not self._params:
             return
@@ -178,13 +234,21 @@ class GatheredParameters:
         numbers = [float(id(param) in self._used) for param in self._params] + [self._order, -self._order]
         found = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
-        if self._filled or self._compared < _COMPARED_STEPS or device.type == "cpu":  # else nothing waits for the device
+        if self._unread is not None:
+            numbers, ready = self._unread
+            if ready is not None:
+                ready.synchronize()
+            _check_order(*numbers.tolist())
+            self._unread = None
+        if self._filled or self._compared < _COMPARED_STEPS or device.type == "cpu":
             *used, high, low = found.tolist()
-            if high != -low:
-                raise ValueError(_UNLIKE)
+            _check_order(high, low)
             for param, was_used in zip(self._params, used, strict=True):
                 if id(param) in self._filled and not was_used:
                     param.sharded_param.grad = None
+        else:  # read a step later: nothing waits for the device
+            self._unread = to_host(found[-2:])
+        self.names.restart()
         self._used.clear()
         self._filled.clear()
         self._order = 0
@@ -196,9 +260,12 @@ class GatheredParameters:
         """A step is about to run."""
         self.check_assigned()
         self._calls += 1
+        if not torch.is_grad_enabled():  # no update will follow
+            self.names.restart()
 
     def _note(self, name: str) -> None:
         self._order = zlib.crc32(name.encode(), self._order)
+        self.names.add(name)
 
     def _compare(self, name: str) -> None:
         """In the first steps: raise ``ValueError`` where another rank is about to gather another module."""
@@ -224,3 +291,9 @@ class GatheredParameters:
                 return None
             time.sleep(0.001)
         return self._store.get(key).decode()
+
+
+def _check_order(high: float, low: float) -> None:
+    """Raise ``ValueError`` where the highest and the (negated) lowest sum of the ranks' names are not the same."""
+    if high != -low:
+        raise ValueError(_UNLIKE)

@@ -133,6 +133,20 @@ def test_a_rank_that_fails_takes_the_others_down_with_its_message(tmp_path: Path
     assert time.monotonic() - start < 50
 
 
+def test_ranks_that_run_other_layers_after_many_steps_end_and_say_which(tmp_path: Path) -> None:
+    """Each then waits in a collective of its own, of which the other knows nothing."""
+    path = write(
+        tmp_path,
+        imports="from kenotron import KenotronStrategy",
+        strategy="KenotronStrategy(zero_stage=3)",
+        in_step="batch = self.layers[0](batch) if self.global_step >= 5 and self.global_rank else batch",
+    )
+    done = subprocess.run([sys.executable, str(path)], capture_output=True, text=True, timeout=120, env=environment())
+    told = done.stdout + done.stderr
+    assert done.returncode != 0
+    assert "'layers.0'" in told and "every rank must run the same layers" in told, told
+
+
 def test_sigterm_stops_all_ranks_at_the_same_step(tmp_path: Path) -> None:
     script = write(tmp_path, epochs=100000, in_step="if batch_idx == 0: print('epoch', flush=True)\n        time.sleep(0.002)")
     caught = "    except BaseException as error:\n        print(type(error).__name__, error.code, flush=True)\n"
