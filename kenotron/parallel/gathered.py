@@ -235,10 +235,10 @@ class GatheredParameters:
         found = torch.tensor(numbers, dtype=torch.float64).to(device, non_blocking=True)
         dist.all_reduce(found, dist.ReduceOp.MAX, group=self._group)
         if self._unread is not None:
-            numbers, ready = self._unread
+            late, ready = self._unread
             if ready is not None:
                 ready.synchronize()
-            _check_order(*numbers.tolist())
+            _check_order(*late.tolist())
             self._unread = None
         if self._filled or self._compared < _COMPARED_STEPS or device.type == "cpu":
             *used, high, low = found.tolist()
