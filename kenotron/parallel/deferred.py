@@ -149,18 +149,15 @@ def values(places: Sequence[Place]) -> list[Tensor]:
 def _needed(memories: Iterable[Memory]) -> list[Operation]:
     """Return the operations that give memories their last values, in order."""
     pending = [(memory, math.inf) for memory in memories]
-    covered: dict[Memory, float] = {}
+    walked: set[tuple[Memory, int]] = set()
     found: dict[int, Operation] = {}
     while pending:
         memory, before = pending.pop()
-        done = covered.get(memory, -1)
-        if done >= before:
-            continue
-        covered[memory] = before
         stop = bisect.bisect_left(memory.writes, before, key=lambda operation: operation.order)
         for operation in reversed(memory.writes[:stop]):
-            if operation.order < done:
+            if (memory, operation.order) in walked:  # and so on to what it overwrites
                 break
+            walked.add((memory, operation.order))
             if operation.order not in found:
                 found[operation.order] = operation
                 pending += [(other, operation.order) for other in operation.reads if other is not memory]

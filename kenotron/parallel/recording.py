@@ -47,8 +47,9 @@ def recording(dtype: torch.dtype | None = None, *, draw: bool = True) -> Iterato
 
     Args:
         dtype: torch's default one, inside.
-        draw: let random operators move the generator, which takes the time that their numbers take. Without, random numbers are
-            not those that a program without a recording would have: for what will get stored values, or none.
+        draw: let random operators move the generator, which takes the time that their numbers take. Without, each operator has
+            a seed of its own, and random numbers are not those that a program without a recording would have: for what will get
+            stored values, or none.
     """
     before, outer = torch.get_default_dtype(), _active.get()
     torch.set_default_dtype(dtype or before)
@@ -90,6 +91,7 @@ class _Operators(TorchDispatchMode):
         super().__init__()
         self.draw = draw
         self._is_paused = False
+        self._num_undrawn = 0
         self._scratch = torch.UntypedStorage(0)
         self._held: dict[int, list[Constant]] = {}  # constants that are no copies, by storage
 
@@ -215,8 +217,10 @@ class _Operators(TorchDispatchMode):
             return None, None
         generator = kwargs.get("generator") or torch.default_generator
         state = generator.get_state()
-        if not self.draw:
-            return generator, state
+        if not self.draw:  # others each time all the same: who draws until all numbers are in a range must come to an end
+            self._num_undrawn += 1
+            seed = (generator.initial_seed() + self._num_undrawn * 0x9E3779B97F4A7C15) % 2**63
+            return generator, torch.Generator(generator.device).manual_seed(seed).get_state()
         own = _mutated(func, args, kwargs)
         places = [Place.of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and all(t is not o for o in own)]
         real = iter(values([place for place in places if place is not None]))

@@ -145,6 +145,37 @@ def test_stored_values_are_read_in_parts_unless_they_were_changed():
     assert found.value()[:, 0].tolist() == [0, 1, 2, 3, 4, 5, 0, 0]
 
 
+def test_what_is_overwritten_by_what_was_made_of_it_has_that_value():
+    def build() -> list[Tensor]:
+        torch.manual_seed(3)
+        tensors = [torch.randn(6, 5) for _ in range(4)] + [torch.empty(40, 9)]
+        tensors[0].copy_(tensors[0] / tensors[0].norm(dim=1, keepdim=True))
+        for _ in range(3):
+            tensors[1].copy_(tensors[1] @ tensors[0].T @ tensors[1])
+        tensors[2].copy_(tensors[3] + tensors[2])
+        tensors[3].copy_(tensors[2] * tensors[3])
+        nn.init.trunc_normal_(tensors[4], std=0.02, a=-0.03, b=0.03)  # from torch 2.13 on it draws again what is outside
+        return tensors
+
+    expected = build()
+    with recording():
+        recorded = build()
+    for want, tensor in zip(expected, recorded, strict=True):
+        place = Place.of(tensor)
+        assert place is not None
+        assert torch.equal(place.value(), want)
+
+
+def test_numbers_that_are_drawn_until_all_are_in_a_range_come_to_an_end_where_no_generator_moves():
+    before = torch.get_rng_state()
+    with recording(draw=False):
+        first, second = (nn.init.trunc_normal_(torch.empty(64, 64), std=0.02, a=-0.03, b=0.03) for _ in range(2))
+    assert torch.equal(before, torch.get_rng_state())
+    found = [place.value() for tensor in (first, second) if (place := Place.of(tensor)) is not None]
+    assert all(value.abs().max() <= 0.03 and value.std() > 0.01 for value in found) and len(found) == 2
+    assert not torch.equal(*found)
+
+
 def test_what_cannot_be_right_is_told():
     with recording():
         weight = nn.Parameter(torch.rand(3))
