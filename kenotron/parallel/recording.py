@@ -144,11 +144,15 @@ class _Operators(TorchDispatchMode):
         """Compute what an operator needs, and run it."""
         found = [(leaf, place) for leaf in _tensors((args, kwargs)) if (place := Place.of(leaf)) is not None]
         real = dict(zip([id(leaf) for leaf, _ in found], values([place for _, place in found]), strict=True))
+        changed = [tensor for tensor in _mutated(func, args, kwargs) if id(tensor) in real]
         args, kwargs = tree_map(lambda leaf: real.get(id(leaf), leaf) if isinstance(leaf, Tensor) else leaf, (args, kwargs))
         if "device" in kwargs and torch.device(kwargs["device"]).type == "meta":
             kwargs = {**kwargs, "device": torch.device("cpu")}
         self._keep(func, args, kwargs)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        for tensor in changed:  # beside real ones, in a list
+            self._record(torch.ops.aten.copy_.default, (tensor, real[id(tensor)]), {}, {})
+        return result
 
     def _record(self, func: Any, args: Any, kwargs: Any, given: Any) -> Any:
         """Run an operator on the meta device, which tells shapes, and record it where it writes."""
