@@ -26,6 +26,7 @@ know their form (see ``overlap``).
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -112,6 +113,43 @@ def all_gather_stack(x: Tensor, group: Group) -> Tensor:
     joined = x.new_empty(group_size(group) * x.numel())
     all_gather_single(joined, x.view(-1), group=group)
     return joined.view(group_size(group), *x.shape)
+
+
+def start_reduce_scatter(
+    memory: Tensor, lengths: Sequence[int], group: ProcessGroup, dtype: torch.dtype, *, averages: bool = False
+) -> Callable[[], Tensor]:
+    """Start to sum flat memory over the ranks, of which each gets its chunk. Not differentiable.
+
+    Args:
+        lengths: of each rank's chunk. dtype: of the sum. averages: it is a mean; only with NCCL.
+
+    Returns:
+        A function that waits for this rank's chunk and returns it.
+    """
+    own, is_even = lengths[group.rank()], len(set(lengths)) == 1
+    work: Any
+    if dist.get_backend(group) == "gloo":  # its own reduce-scatter is an all-reduce: twice the bytes
+        received = memory.new_empty(own * group.size())
+        sizes = (None, None) if is_even else ([own] * group.size(), list(lengths))
+        work = dist.all_to_all_single(received, memory, *sizes, group=group, async_op=True)
+
+        def collect() -> Tensor:
+            work.wait()
+            return received.view(group.size(), own).sum(0, dtype=dtype)
+
+        return collect
+    operation = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
+    total = memory.new_empty(own)
+    if is_even:
+        work = _reduce_scatter_single(total, memory, op=operation, group=group, async_op=True)
+    else:
+        work = dist.reduce_scatter(total, list(memory.split(list(lengths))), op=operation, group=group, async_op=True)
+
+    def wait() -> Tensor:
+        work.wait()
+        return total.to(dtype)
+
+    return wait
 
 
 def group_size(group: Group) -> int:

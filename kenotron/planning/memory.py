@@ -17,7 +17,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kenotron.optim.zero import BUCKET_BYTES
+from kenotron.parallel.buckets import BUCKET_BYTES
 from kenotron.parallel import pipeline
 from kenotron.planning.layouts import Choice, Job
 from kenotron.planning.model import ModelSpec
