@@ -1,7 +1,7 @@
 """The fence, put right before every update that a torch optimizer makes; and a watch for whatever else changes its tensors.
 
-The hook around ``Optimizer.step`` must not wait before forward and backward, which run in the closure: the fence comes when that
-returns. LBFGS and its like call it several times, and change nothing before the first.
+The hook around ``Optimizer.step`` must not wait before forward and backward, which run in the closure: the fence comes when
+that returns. LBFGS and its like call it several times, and change nothing before the first.
 
 In a run's first steps all that an optimizer holds is summed after a step and before its next. What differs is changed by
 something else, such as weights that are clipped in ``training_step``: it is never lazy. Nothing is before it was watched once.

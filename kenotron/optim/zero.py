@@ -2,8 +2,8 @@
 
 One update of an optimizer, on all ranks of a group that hold the same parameters:
 
-1. The closure has run: gradients are averaged. Each is whole; or this rank has only its part, where `GradientReducer` hands parts
-   over, and the parameter has become its share already (`ShardedUpdate.place`), so that clipping and the like find both alike.
+1. The closure has run: gradients are averaged. Each is whole; or this rank has only its part, where `GradientReducer` hands
+   parts over, and the parameter has become its share already (`ShardedUpdate.place`): clipping and the like find both alike.
 2. Each parameter that has a gradient becomes its share for a moment (``param.data`` and ``param.grad`` are views of this rank's
    rows), so that the user's own optimizer updates these rows, and keeps state for them alone.
 3. ``Optimizer.step`` does its work.
@@ -106,6 +106,15 @@ class ShardedUpdate:
             self._shares[param] = self._divide(param)
         return self._shares[param]
 
+    def divided(self, param: nn.Parameter) -> Share | None:
+        """Return what each rank updates of a parameter of the optimizer's; ``None``: all of it, or nothing."""
+        is_updated = any(param is each for group in self._optimizer.param_groups for each in group["params"])
+        return self.share(param) if is_updated else None
+
+    def placed(self, param: nn.Parameter) -> Rows | None:
+        """Return the rows that a parameter and its gradient are at the moment; ``None``: they are whole."""
+        return self._own(param) if param in self._whole else None
+
     def _divide(self, param: nn.Parameter) -> Share | None:
         """Decide who updates what of a parameter: every rank comes to the same, without asking."""
         if self.granularity == "none" or param.ndim == 0 or not param.numel() or id(param) not in self._names:
@@ -178,8 +187,8 @@ class ShardedUpdate:
     @torch.no_grad()
     def _put_shares(self) -> None:
         """Before the update: put the shares of all parameters that have gradients in their places."""
-        for param in [param for param in self._whole if param.grad is None]:  # nobody updates these
-            self._put_back(param)
+        for param in [] if self._is_held else [param for param in self._whole if param.grad is None]:
+            self._put_back(param)  # nobody updates these
         for group in self._optimizer.param_groups:
             for param in group["params"]:
                 rows = self.rows(param) if param.grad is not None else None

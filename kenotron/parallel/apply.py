@@ -28,7 +28,7 @@ from kenotron.parallel.data import FullySharded, SharedBuffers, layers_to_shard
 from kenotron.parallel.expert import ExpertParallel
 from kenotron.parallel.expert_load import ExpertLoads
 from kenotron.parallel.float8 import Float8
-from kenotron.parallel.grads import GradientNorm, OwedSums
+from kenotron.parallel.grads import GradientNorm, OwedSums, nowhere
 from kenotron.parallel.plain import enclosing
 from kenotron.parallel.plan import ParallelPlan, find_plan, pipeline_hints
 from kenotron.parallel.random import OwnStream
@@ -143,10 +143,13 @@ class Parallelized:
         for reducer in self.reducers:
             reducer.arm(stage, last=last_microbatch and sync)
 
-    def divide_gradients(self, divider: Divider | None, *, each_pass: bool) -> None:
+    def divide_gradients(self, divider: Divider | None, *, each_pass: bool = False) -> None:
         """From now on each rank keeps its part of gradients only, see ``GradientReducer.divide``."""
         for reducer in self.reducers:
             reducer.divide(divider, each_pass=each_pass)
+        self.norm.placed = divider.placed if divider is not None else nowhere
+        if self.owed is not None:
+            self.owed.placed = self.norm.placed
 
     def end_backward(self) -> None:
         """After the backward passes of a step without an update: what was sent has arrived."""

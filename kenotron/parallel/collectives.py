@@ -130,8 +130,8 @@ def start_reduce_scatter(
     work: Any
     if dist.get_backend(group) == "gloo":  # its own reduce-scatter is an all-reduce: twice the bytes
         received = memory.new_empty(own * group.size())
-        sizes = (None, None) if is_even else ([own] * group.size(), list(lengths))
-        work = dist.all_to_all_single(received, memory, *sizes, group=group, async_op=True)
+        arrived, sent = (None, None) if is_even else ([own] * group.size(), list(lengths))
+        work = dist.all_to_all_single(received, memory, arrived, sent, group=group, async_op=True)
 
         def collect() -> Tensor:
             work.wait()

@@ -113,8 +113,8 @@ class Pipeline:
         cut: the cut module. schedule: a key of ``SCHEDULES``.
         group: the pipeline group. device: where activations live.
         enclose: runs a callable inside the root's own forward hooks (FSDP2's), if it has any.
-        before_backward: called before each backward pass that computes weights' gradients, with its stage and whether it is this
-            rank's last one of a step.
+        before_backward: called before each backward pass that computes gradients of weights, with its stage and whether it is
+            this rank's last one of a step.
         before_graph: called with what each backward pass starts from.
         on_enter: called in every flight before the first own unit runs.
     """

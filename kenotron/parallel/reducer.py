@@ -10,13 +10,13 @@ One update, on all replicas:
 4. `finish`, after the last pass before the update, hands over the averages: whole ones as ``param.grad``, parts to the
    `Divider`. A parameter that no replica used in any pass has none.
 
-Whole gradients are all-reduced in the last pass. Where the ranks divide the update among them and nobody looks at whole gradients,
-they are reduce-scattered: in the last pass (ZeRO 1), or in every one (ZeRO 2), whose parts are summed, in float32 at least.
+Whole gradients are all-reduced in the last pass. Where the ranks divide the update among them and nobody looks at whole
+gradients, they are reduce-scattered: in the last pass (ZeRO 1), or in every one (ZeRO 2), whose parts are summed, in float32 at
+least.
 """
 
 from __future__ import annotations
 
-import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kenotron.parallel.buckets import Chunks, Share, copy_all, fill, laid_out_like
+from kenotron.parallel.buckets import Chunks, Rows, Share, copy_all, fill, laid_out_like
 from kenotron.parallel.collectives import start_reduce_scatter
 
 #: Buckets of parts that travel at once: the memory of those before is given back.
@@ -33,10 +33,13 @@ _MOST_TRAVELLING = 2
 
 
 class Divider(Protocol):
-    """Who updates what of a parameter."""
+    """Divides an update among ranks."""
 
-    def share(self, param: nn.Parameter) -> Share | None:
-        """Return who updates what; ``None``: every rank updates all of it."""
+    def divided(self, param: nn.Parameter) -> Share | None:
+        """Return who updates what of a parameter; ``None``: every rank all of it, or nobody."""
+
+    def placed(self, param: nn.Parameter) -> Rows | None:
+        """Return the rows that a parameter and its gradient are at the moment; ``None``: they are whole."""
 
     def place(self, parts: Mapping[nn.Parameter, Tensor | None]) -> None:
         """Take over this rank's parts of averaged gradients; ``None``: no replica has one."""
@@ -71,7 +74,7 @@ class GradientReducer:
         self._each_pass = False
         self._buckets: list[_Bucket] = []
         self._places: dict[nn.Parameter, tuple[_Bucket, int]] = {}
-        self._hooked: weakref.WeakSet[nn.Parameter] = weakref.WeakSet()
+        self._hooked: set[int] = set()  # by id: they are all held here
         self._queue: list[_Bucket] = []
         self._launched = 0
         self._is_last = False  # the pass that runs, or ran, is the last one before the update
@@ -95,7 +98,7 @@ class GradientReducer:
         self._waiting = [p for p in self._waiting if not p.requires_grad]
         for param in trained:
             self._hook(param)
-        shares = {param: self._divider.share(param) if self._divider is not None else None for param in trained}
+        shares = {param: self._divider.divided(param) if self._divider is not None else None for param in trained}
 
         def kind(param: nn.Parameter) -> tuple[object, ...]:
             return param.dtype, param.device, shares[param] is not None, self._stage_of(param)
@@ -109,9 +112,9 @@ class GradientReducer:
             self._places.update({param: (bucket, index) for index, param in enumerate(members)})
 
     def _hook(self, param: nn.Parameter) -> None:
-        if param in self._hooked:
+        if id(param) in self._hooked:
             return
-        self._hooked.add(param)
+        self._hooked.add(id(param))
         # Python's collector does not see through hooks of C++: with itself in them, neither this object, nor the model, nor the
         # connections of the group would ever go.
         reducer = weakref.ref(self)

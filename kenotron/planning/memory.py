@@ -17,8 +17,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kenotron.parallel.buckets import BUCKET_BYTES
 from kenotron.parallel import pipeline
+from kenotron.parallel.buckets import BUCKET_BYTES
 from kenotron.planning.layouts import Choice, Job
 from kenotron.planning.model import ModelSpec
 from kenotron.planning.trace import Part, Trace
