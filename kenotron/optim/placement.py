@@ -96,7 +96,7 @@ def check_optimizer(optimizer: Optimizer, layout: ParallelLayout) -> None:
     """Refuse an optimizer that would be wrong on this layout.
 
     Fine anywhere are `ShardAware` ones, torch's elementwise ones (subclasses too that keep their ``step``), and those whose
-    class says ``is_elementwise = True``. Anything else needs whole parameters, which data-parallel replicas (ZeRO 0 and 1) and
+    class says ``is_elementwise = True``. Anything else needs whole parameters, which data-parallel replicas (ZeRO 0 to 2) and
     pipeline stages have; LBFGS needs all of them.
 
     Raises:
@@ -153,7 +153,7 @@ def _whole(layout: ParallelLayout, *, whole_model: bool) -> str:
     if whole_model and layout.pp > 1:
         changes.append("pp=1")
     if layout.zero_stage == 3 and layout.dp_shard * layout.cp > 1:
-        changes.append("zero_stage=1")
+        changes.append("zero_stage=2")
     return " and ".join(changes)
 
 
