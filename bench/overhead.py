@@ -173,8 +173,8 @@ def loader(batch: int, length: int, pinned: bool = False) -> Any:
 
 
 def trainer_run(
-    strategy: Any, sizes: dict[str, int], batch: int, length: int, *, sharded_by_hand: bool = False, reshards: bool = True, every: int = 1,
-    callbacks: Sequence[Any] = (), count: Callable[[Any], None] | None = None, **settings: Any,
+    strategy: Any, sizes: dict[str, int], batch: int, length: int, *, sharded_by_hand: bool = False, reshards: bool = True,
+    every: int = 1, callbacks: Sequence[Any] = (), count: Callable[[Any], None] | None = None, **settings: Any,
 ) -> Callable[[Callable[[], bool]], None]:  # fmt: skip
     """Return a contestant: ``Trainer.fit`` with ``strategy`` on a LightningModule as anyone writes it.
 
@@ -294,7 +294,9 @@ def zero_against_ddp(stage: int, budget_s: float) -> Steps:
         whole = sum(param.nbytes for param in params)
         state = trainer.optimizers[0].state.values()
         moments = sum(value.nbytes for entry in state for value in entry.values() if value.ndim)
-        notes.append(f"sent {sent.total / trainer.global_step / whole:.3f}, moments {moments / whole:.3f} of the parameters")
+        notes.append(
+            f"sent {sent.total / (trainer.global_step - 1) / whole:.3f}, moments {moments / whole:.3f} of the parameters"
+        )
 
     shape = CPU_MODEL, 4, 64
     with sent:
@@ -322,7 +324,7 @@ class SentBytes:
     def __init__(self) -> None:
         self.total = 0.0
         self._counts = False
-        self._before: list[tuple[Any, str, Any]] = []
+        self._before: list[tuple[str, Any]] = []
 
     def during(self, run: Callable[[Callable[[], bool]], None]) -> Callable[[Callable[[], bool]], None]:
         """Return a contestant whose collectives are counted, in its turns."""
@@ -331,10 +333,9 @@ class SentBytes:
             def counted_turn() -> bool:
                 self._counts = False
                 goes_on = turn()
-                self._counts = True
+                self._counts = True  # from the second step on: set-up sends weights
                 return goes_on
 
-            self._counts = True
             run(counted_turn)
             self._counts = False
 
@@ -343,29 +344,25 @@ class SentBytes:
     def __enter__(self) -> SentBytes:
         import torch.distributed as dist
 
-        from kenotron.optim import zero
+        ranks = int(os.environ["WORLD_SIZE"])
+        # What a rank sends of a tensor; of broadcasts on the average of the ranks.
+        for name, factor in (("all_reduce", 2 * (ranks - 1) / ranks), ("isend", 1.0), ("broadcast", (ranks - 1) / ranks)):
+            function = getattr(dist, name)
+            self._before.append((name, function))
 
-        # (where, name, times the tensor's bytes on n ranks: (n - 1) / n of it, which argument the tensor is)
-        for where, name, factor, which in (
-            (dist, "all_reduce", 2, 0), (dist, "all_to_all_single", 1, 1), (zero, "all_gather_single", 1, 0),
-        ):  # fmt: skip
-            function = getattr(where, name)
-            self._before.append((where, name, function))
+            def counting(tensor: Any, *args: Any, _function: Any = function, _factor: float = factor, **kwargs: Any) -> Any:
+                if self._counts and tensor.nbytes > 1024:
+                    self.total += _factor * tensor.nbytes
+                return _function(tensor, *args, **kwargs)
 
-            def counting(
-                *args: Any, _function: Any = function, _factor: int = factor, _which: int = which, **kwargs: Any
-            ) -> Any:
-                ranks = dist.get_world_size()
-                if self._counts and args[_which].nbytes > 1024:
-                    self.total += _factor * args[_which].nbytes * (ranks - 1) / ranks
-                return _function(*args, **kwargs)
-
-            setattr(where, name, counting)
+            setattr(dist, name, counting)
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for where, name, function in self._before:
-            setattr(where, name, function)
+        import torch.distributed as dist
+
+        for name, function in self._before:
+            setattr(dist, name, function)
 
 
 def fsdp(budget_s: float) -> Steps:

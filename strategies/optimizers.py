@@ -94,7 +94,7 @@ class OptimizerSetup(StrategyBase):
         looked_at = bool(found)
         self._done.divide_gradients(None if looked_at else update, each_pass=stage == 2)
         if not looked_at:
-            _lightning.say(self.names, "each process keeps its part of gradients alone, and param.grad is None after an update.")
+            _lightning.say(self.names, "each process keeps its part of gradients; param.grad is None after an update.")
             return
         text = f"gradients are whole in every process, since {who or 'a callback of another process'} may look at them."
         if stage == 2:

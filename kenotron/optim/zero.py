@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 from kenotron.closures import with_closure
 from kenotron.optim.placement import ShardAware, is_by_parameter, is_elementwise
 from kenotron.parallel.buckets import Chunks, Rows, Share, copy_all, fill, rows_of
-from kenotron.parallel.collectives import all_gather_single
+from kenotron.parallel.collectives import start_all_gather
 
 #: ``"rows"``: each rank updates some rows of each parameter. ``"parameters"``: some parameters. ``"none"``: all of them.
 Granularity = Literal["rows", "parameters", "none"]
@@ -251,9 +251,6 @@ class ShardedUpdate:
         params = self.restore()
         if not params:
             return
-        if self.granularity == "parameters":
-            self._send_whole(params)
-            return
         travelling: list[_Bucket] = []  # two at a time: one travels while the one before is put where it belongs
         for bucket in self._buckets_of(params):
             bucket.launch()
@@ -262,21 +259,6 @@ class ShardedUpdate:
                 travelling.pop(0).collect()
         for bucket in travelling:
             bucket.collect()
-
-    def _send_whole(self, params: Sequence[nn.Parameter]) -> None:
-        """Send each parameter from the rank that updated it."""
-        sent: list[tuple[nn.Parameter, Tensor, dist.Work | None]] = []
-        for param in params:
-            share = self._shares[param]
-            assert share is not None
-            flat = param.detach().contiguous()
-            work = dist.broadcast(flat, self.updaters(param)[0], group=share.group, async_op=True)
-            sent.append((param, flat, work))
-        for param, flat, work in sent:
-            assert work is not None
-            work.wait()
-            if flat.data_ptr() != param.data_ptr():
-                param.copy_(flat)
 
     def _buckets_of(self, params: Sequence[nn.Parameter]) -> list[_Bucket]:
         """Return what travels together of these parameters: nearly always the same ones."""
@@ -301,22 +283,23 @@ class _Bucket:
     def __init__(self, params: Sequence[nn.Parameter], shares: Sequence[Share]) -> None:
         self._params, self._rows = params, [share.own for share in shares]
         self._group, self._rank = shares[0].group, shares[0].group.rank()
-        self._chunks = Chunks(params, shares)
-        self._work: dist.Work | None = None
-        self._received: Tensor | None = None
+        self._chunks = Chunks(params, shares, padded=not shares[0].is_whole)
+        self._works: list[dist.Work] = []
+        self._memory: Tensor | None = None
 
     def launch(self) -> None:
         """Start to exchange rows."""
-        own = self._params[0].new_empty(self._chunks.lengths[self._rank], requires_grad=False)
-        views = self._chunks.views(own, self._rank)
+        lengths = self._chunks.lengths
+        self._memory = self._params[0].new_empty(sum(lengths), requires_grad=False)
+        views = self._chunks.views(self._memory.split(lengths)[self._rank], self._rank)
         copy_all((view, rows.of(p.detach())) for view, rows, p in zip(views, self._rows, self._params, strict=True))
-        self._received = own.new_empty(sum(self._chunks.lengths))
-        self._work = all_gather_single(self._received, own, group=self._group, async_op=True)
+        self._works = start_all_gather(self._memory, lengths, self._group)
 
     def collect(self) -> None:
         """Put the other ranks' rows where they belong."""
-        assert self._work is not None and self._received is not None
-        self._work.wait()
-        pairs = self._chunks.pairs(self._received, [param.detach() for param in self._params], without=self._rank)
+        assert self._memory is not None
+        for work in self._works:
+            work.wait()
+        pairs = self._chunks.pairs(self._memory, [param.detach() for param in self._params], without=self._rank)
         copy_all((place, piece) for piece, place in pairs)
-        self._work = self._received = None
+        self._works, self._memory = [], None

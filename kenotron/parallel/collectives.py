@@ -126,30 +126,65 @@ def start_reduce_scatter(
     Returns:
         A function that waits for this rank's chunk and returns it.
     """
-    own, is_even = lengths[group.rank()], len(set(lengths)) == 1
-    work: Any
-    if dist.get_backend(group) == "gloo":  # its own reduce-scatter is an all-reduce: twice the bytes
-        received = memory.new_empty(own * group.size())
-        arrived, sent = (None, None) if is_even else ([own] * group.size(), list(lengths))
-        work = dist.all_to_all_single(received, memory, arrived, sent, group=group, async_op=True)
-
-        def collect() -> Tensor:
-            work.wait()
-            return received.view(group.size(), own).sum(0, dtype=dtype)
-
-        return collect
+    rank, chunks = group.rank(), memory.split(list(lengths))
+    if memory.device.type == "cpu" and dist.get_backend(group) == "gloo":
+        return _start_exchange(chunks, group, dtype)
     operation = dist.ReduceOp.AVG if averages else dist.ReduceOp.SUM
-    total = memory.new_empty(own)
-    if is_even:
+    total = memory.new_empty(lengths[rank])
+    work: Any
+    if len(set(lengths)) == 1:
         work = _reduce_scatter_single(total, memory, op=operation, group=group, async_op=True)
     else:
-        work = dist.reduce_scatter(total, list(memory.split(list(lengths))), op=operation, group=group, async_op=True)
+        work = dist.reduce_scatter(total, list(chunks), op=operation, group=group, async_op=True)
 
     def wait() -> Tensor:
         work.wait()
         return total.to(dtype)
 
     return wait
+
+
+def _start_exchange(chunks: Sequence[Tensor], group: ProcessGroup, dtype: torch.dtype) -> Callable[[], Tensor]:
+    """Start to reduce-scatter from rank to rank. gloo's own is an all-reduce, and takes three times as long."""
+    rank, size = group.rank(), group.size()
+    arrived = [chunks[rank] if other == rank else torch.empty_like(chunks[rank]) for other in range(size)]
+    works: list[Any] = []
+    for step in range(1, size):
+        source, target = (rank - step) % size, (rank + step) % size
+        if len(chunks[rank]):
+            works.append(dist.irecv(arrived[source].view(torch.uint8), group=group, group_src=source))
+        if len(chunks[target]):
+            works.append(dist.isend(chunks[target].view(torch.uint8), group=group, group_dst=target))
+
+    def collect() -> Tensor:
+        for work in works:
+            work.wait()
+        wide = torch.promote_types(dtype, torch.float32)
+        total = torch.add(arrived[0].to(wide), arrived[1].to(wide))
+        for other in arrived[2:]:
+            total += other
+        return total.to(dtype)
+
+    return collect
+
+
+def start_all_gather(memory: Tensor, lengths: Sequence[int], group: ProcessGroup) -> list[dist.Work]:
+    """Start to fill flat memory with the chunks of all ranks, of which this one's is there. Not differentiable.
+
+    Args:
+        lengths: of each rank's chunk.
+
+    Returns:
+        What to wait for.
+    """
+    chunks = memory.split(list(lengths))
+    if dist.get_backend(group) == "gloo" or len(set(lengths)) > 1:  # half as long as gloo's own all-gather
+        return [
+            work for rank, chunk in enumerate(chunks) if len(chunk)
+            and (work := dist.broadcast(chunk.view(torch.uint8), group=group, group_src=rank, async_op=True)) is not None
+        ]  # fmt: skip
+    work: dist.Work = all_gather_single(memory, chunks[group.rank()], group=group, async_op=True)
+    return [work]
 
 
 def group_size(group: Group) -> int:
