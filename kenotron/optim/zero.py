@@ -31,7 +31,7 @@ from torch.optim import Optimizer
 
 from kenotron.closures import with_closure
 from kenotron.optim.placement import ShardAware, is_by_parameter, is_elementwise
-from kenotron.parallel.buckets import Chunks, Rows, Share, copy_all, fill, rows_of
+from kenotron.parallel.buckets import Chunks, Rows, Scratch, Share, copy_all, fill, rows_of
 from kenotron.parallel.collectives import start_all_gather
 
 #: ``"rows"``: each rank updates some rows of each parameter. ``"parameters"``: some parameters. ``"none"``: all of them.
@@ -73,6 +73,7 @@ class ShardedUpdate:
         # Parameter and gradient, while shares are in their places.
         self._whole: dict[nn.Parameter, tuple[Tensor, Tensor | None]] = {}
         self._is_held = False
+        self._scratch = Scratch()
         self._buckets: dict[tuple[int, ...], list[_Bucket]] = {}
         self._handles: list[Any] = []
         if self.granularity != "none":
@@ -274,23 +275,24 @@ class ShardedUpdate:
             return share.group, param.dtype, param.device
 
         for members in fill(params, kind):
-            yield _Bucket(members, [share for param in members if (share := self._shares[param]) is not None])
+            yield _Bucket(members, [share for param in members if (share := self._shares[param]) is not None], self._scratch)
 
 
 class _Bucket:
     """Parameters of one dtype and group: each rank sends its rows of all of them in one piece, and gets everyone's."""
 
-    def __init__(self, params: Sequence[nn.Parameter], shares: Sequence[Share]) -> None:
+    def __init__(self, params: Sequence[nn.Parameter], shares: Sequence[Share], scratch: Scratch) -> None:
         self._params, self._rows = params, [share.own for share in shares]
         self._group, self._rank = shares[0].group, shares[0].group.rank()
         self._chunks = Chunks(params, shares, padded=not shares[0].is_whole)
+        self._scratch = scratch
         self._works: list[dist.Work] = []
         self._memory: Tensor | None = None
 
     def launch(self) -> None:
         """Start to exchange rows."""
         lengths = self._chunks.lengths
-        self._memory = self._params[0].new_empty(sum(lengths), requires_grad=False)
+        self._memory = self._scratch.take(self._params[0], sum(lengths))
         views = self._chunks.views(self._memory.split(lengths)[self._rank], self._rank)
         copy_all((view, rows.of(p.detach())) for view, rows, p in zip(views, self._rows, self._params, strict=True))
         self._works = start_all_gather(self._memory, lengths, self._group)
@@ -302,4 +304,5 @@ class _Bucket:
             work.wait()
         pairs = self._chunks.pairs(self._memory, [param.detach() for param in self._params], without=self._rank)
         copy_all((place, piece) for piece, place in pairs)
+        self._scratch.give(self._memory)
         self._works, self._memory = [], None

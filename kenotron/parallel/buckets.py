@@ -131,6 +131,25 @@ class Chunks:
                     yield memory[start : start + part.numel()].view(part.shape), part
 
 
+class Scratch:
+    """Flat memory that is used again on a CPU, where fresh pages cost more than copies into them: two buckets at most."""
+
+    def __init__(self) -> None:
+        self._free: list[Tensor] = []
+
+    def take(self, like: Tensor, numel: int) -> Tensor:
+        """Return memory of so many elements, of the dtype and on the device of ``like``."""
+        for index, memory in enumerate(self._free):
+            if memory.dtype == like.dtype and memory.device == like.device and len(memory) >= numel:
+                return self._free.pop(index)[:numel]
+        return like.new_empty(numel, requires_grad=False)
+
+    def give(self, memory: Tensor) -> None:
+        """Take back memory that nobody uses any more."""
+        if memory.device.type == "cpu":
+            self._free = [*self._free[-1:], memory if memory._base is None else memory._base]
+
+
 def laid_out_like(param: Tensor, flat: Tensor) -> Tensor:
     """Return ``flat`` in a parameter's shape and, where that has no gaps, its strides, as fused optimizers expect."""
     extent = sum((size - 1) * stride for size, stride in zip(param.shape, param.stride(), strict=True)) + 1

@@ -160,8 +160,10 @@ def _start_exchange(chunks: Sequence[Tensor], group: ProcessGroup, dtype: torch.
         for work in works:
             work.wait()
         wide = torch.promote_types(dtype, torch.float32)
-        total = torch.add(arrived[0].to(wide), arrived[1].to(wide))
-        for other in arrived[2:]:
+        first, second, *others = (each.to(wide) for each in arrived)
+        total = second if rank == 0 else first  # which is no part of the memory that was sent
+        torch.add(first, second, out=total)
+        for other in others:
             total += other
         return total.to(dtype)
 

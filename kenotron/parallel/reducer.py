@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from kenotron.parallel.buckets import Chunks, Rows, Share, copy_all, fill, laid_out_like
+from kenotron.parallel.buckets import Chunks, Rows, Scratch, Share, copy_all, fill, laid_out_like
 from kenotron.parallel.collectives import start_reduce_scatter
 
 #: Buckets of parts that travel at once: the memory of those before is given back.
@@ -76,6 +76,7 @@ class GradientReducer:
         self._places: dict[nn.Parameter, tuple[_Bucket, int]] = {}
         self._hooked: set[int] = set()  # by id: they are all held here
         self._queue: list[_Bucket] = []
+        self._scratch = Scratch()
         self._launched = 0
         self._is_last = False  # the pass that runs, or ran, is the last one before the update
         self._take_in()
@@ -107,7 +108,7 @@ class GradientReducer:
             stage, divided = self._stage_of(members[0]), [s for p in members if (s := shares[p]) is not None]
             bucket: _Bucket = _Whole(members, stage)
             if divided:
-                bucket = _Parts(members, stage, divided, each_pass=self._each_pass and stage is not None)
+                bucket = _Parts(members, stage, divided, self._scratch, each_pass=self._each_pass and stage is not None)
             self._buckets.append(bucket)
             self._places.update({param: (bucket, index) for index, param in enumerate(members)})
 
@@ -291,20 +292,23 @@ class _Whole(_Bucket):
 class _Parts(_Bucket):
     """Gradients that are reduce-scattered: this rank gets the sum of its rows, which are kept until the update."""
 
-    def __init__(self, params: Sequence[nn.Parameter], stage: int | None, shares: Sequence[Share], *, each_pass: bool) -> None:
+    def __init__(
+        self, params: Sequence[nn.Parameter], stage: int | None, shares: Sequence[Share], scratch: Scratch, *, each_pass: bool
+    ) -> None:
         super().__init__(params, stage)
         self.each_pass = each_pass
-        self._group = shares[0].group
+        self._group, self._scratch = shares[0].group, scratch
         self._chunks = Chunks(params, shares, extra=len(params), padded=not shares[0].is_whole)
         dtype = params[0].dtype
         self._sum_dtype = torch.promote_types(dtype, torch.float32) if each_pass else dtype
+        self._memory: Tensor | None = None
         self._sum: Tensor | None = None
         self._collect: Callable[[], Tensor] | None = None
 
     @torch.no_grad()
     def launch(self, group: dist.ProcessGroup, divisor: int, averages: bool) -> None:
         grads = self._gradients()
-        memory = self.params[0].new_empty(sum(self._chunks.lengths), requires_grad=False)
+        self._memory = memory = self._scratch.take(self.params[0], sum(self._chunks.lengths))
         had = [grad is not None for grad in grads]
         if not all(had):
             memory.zero_()
@@ -319,7 +323,9 @@ class _Parts(_Bucket):
         if self._collect is not None:
             found = self._collect()
             self._sum = found if self._sum is None else self._sum.add_(found)
-        self._collect = None
+            assert self._memory is not None
+            self._scratch.give(self._memory)
+        self._collect = self._memory = None
 
     def sum_copies(self, copies: dist.ProcessGroup, averages: bool) -> dist.Work:
         """Start to sum over the ranks that update the same share."""
