@@ -32,9 +32,9 @@ class ReplicasDifferError(RuntimeError):
 class WeightChecksums(L.Callback):
     """Compare what several ranks hold of the parameters, bit for bit, every so many optimizer steps.
 
-    That is all that is there more than once: data-parallel replicas (``zero_stage`` 0 and 1, ``dp_replicate``), parameters
+    That is all that is there more than once: data-parallel replicas (``zero_stage`` 0 to 2, ``dp_replicate``), parameters
     that tensor and context parallelism leave whole, KV heads that ranks share, weights that pipeline stages tie. With
-    ``zero_stage`` 2 and 3 data-parallel ranks hold parts, each of which is there once.
+    ``zero_stage=3`` data-parallel ranks hold parts, each of which is there once.
 
     Each rank hashes on its device what it holds, joins the hashes of what it shares with the same ranks to one number, and one
     all-gather brings these together: a few dozen bytes a rank. Only where they differ the parameters are looked for. On CUDA

@@ -39,8 +39,8 @@ class ParallelLayout:
         tp: tensor-parallel ranks. pp: pipeline ranks. cp: context-parallel ranks.
         ep: expert-parallel ranks, borrowed from ``dp_shard × cp``.
         dp_replicate: how many copies of the sharded state exist (HSDP); divides ``dp``.
-        zero_stage: 0 replicates everything over dp; 1 shards the optimizer state; 2 also parameters between steps, and
-            reduce-scatters gradients every microbatch; 3 also frees parameters after use.
+        zero_stage: 0 replicates everything over dp; 1 shards the optimizer state; 2 also gradients, which are
+            reduce-scattered every microbatch; 3 also parameters, which are freed after use.
 
     Raises:
         ValueError: a size below 1, or a combination that cannot be.

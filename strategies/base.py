@@ -59,6 +59,7 @@ class StrategyBase(_LightningStrategy):
     _streams: RandomStreams | None
     _own_stream: OwnStream
     _sync: bool
+    _is_finished: bool
     _guards: dict[int, StepGuard]
     _updates: list[ShardedUpdate]
     _sum_to_differentiate: torch.Tensor | None

@@ -29,10 +29,10 @@ def check_gather(plugin: Any, layout: ParallelLayout) -> None:
             f"gather_bf16=True goes with precision='bf16-mixed', which casts the rest, and precision is {plugin.precision!r}. "
             "Set that precision, or leave gather_bf16 out."
         )
-    if layout.zero_stage < 2:
+    if layout.zero_stage < 3:
         raise ValueError(
             f"gather_bf16=True with zero_stage={layout.zero_stage}: weights are whole, and none is gathered for a step. Set "
-            "zero_stage to 2 or 3, or leave it out."
+            "zero_stage=3, or leave it out."
         )
 
 

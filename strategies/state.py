@@ -21,8 +21,9 @@ from kenotron.checkpoint import LocalTensor, Manifest, Piece, StoredTensor, load
 from kenotron.hf.record import describe_models
 from kenotron.layout import ParallelLayout
 from kenotron.optim.offload import HostState
-from kenotron.optim.zero import Rows, ShardedUpdate
+from kenotron.optim.zero import ShardedUpdate
 from kenotron.parallel.apply import Parallelized
+from kenotron.parallel.buckets import Rows
 from kenotron.parallel.grads import local
 from kenotron.parallel.pieces import local_pieces
 from kenotron.parallel.shards import TensorShard, canonical

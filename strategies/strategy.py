@@ -67,8 +67,8 @@ class KenotronStrategyBase(Training, Persistence, OptimizerSetup, Collectives):
         tp: tensor-parallel ranks. pp: pipeline ranks. cp: context-parallel ranks.
         ep: expert-parallel ranks, borrowed from ``dp_shard × cp``.
         dp: data-parallel ranks; ``"auto"`` takes what the world leaves. dp_replicate: copies of the sharded state (HSDP).
-        zero_stage: 0 replicates; 1 shards the optimizer's state and leaves parameters whole and plain; 2 and 3 are FSDP2's:
-            2 keeps gathered parameters from the forward to the backward pass, 3 frees them after use.
+        zero_stage: 0 replicates; 1 shards the optimizer's state, 2 also gradients, and both leave parameters whole and plain;
+            3 shards parameters as well (FSDP2), which are gathered for their use.
         sequence_parallel: cut hidden states along the sequence between tensor-parallel regions.
         schedule: ``"1f1b"``, ``"afab"``, ``"interleaved_1f1b"``; experimental: ``"interleaved_zero_bubble"``, ``"zbv"``.
         microbatches: into how many parts a batch is split under pp.
@@ -83,7 +83,7 @@ class KenotronStrategyBase(Training, Persistence, OptimizerSetup, Collectives):
         compile: let torch compile each block.
         async_tp: in compiled blocks under sequence parallelism, transfers travel behind the products beside them, on GPUs that
             can read each other's memory.
-        gather_bf16: under ``precision="bf16-mixed"`` weights that ZeRO 2 and 3 shard are gathered, and used, as bfloat16: half
+        gather_bf16: under ``precision="bf16-mixed"`` weights that ZeRO 3 shards are gathered, and used, as bfloat16: half
             the traffic, and autocast makes no copies. Weights stay float32, and so do the sums of gradients.
         plan: what becomes of each module, as a ``ParallelPlan`` or a mapping of name patterns to styles.
         auto: what the planner is told. It chooses whatever of ``tp``, ``pp``, ``cp``, ``ep``, ``dp_replicate``, ``zero_stage``,
@@ -191,7 +191,7 @@ class KenotronStrategyBase(Training, Persistence, OptimizerSetup, Collectives):
         self._example_input: Any = None
         self._state: CheckpointState | None = None
         self._tokens: TokenCount | None = None
-        self._sync = True
+        self._sync, self._is_finished = True, False
         self._guards: dict[int, StepGuard] = {}
         self._offloaded: list[HostState] = []
         self._updates: list[ShardedUpdate] = []
@@ -476,7 +476,7 @@ class KenotronStrategyBase(Training, Persistence, OptimizerSetup, Collectives):
             self._mesh["pp"].get_group(),
             self.root_device,
             enclose=done.enclose,
-            before_backward=lambda last: done.before_backward(last_microbatch=last, sync=self._sync),
+            before_backward=lambda stage, last: done.before_backward(last_microbatch=last, sync=self._sync, stage=stage),
             before_graph=done.look_for_shares,
             on_enter=self._streams.enter_model,
         )

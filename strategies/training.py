@@ -70,8 +70,11 @@ class Training(Failures):
             output = {**output, "loss": self._tokens.mean([loss], [1.0])}
         elif module.automatic_optimization and output is not None:
             StepLoss.of(output)
-        elif output is None:  # no backward pass lets go of what was gathered
+        elif output is None:  # no backward pass lets go of what was gathered, or takes part in what other ranks reduce
             self._reshard()
+            if module.automatic_optimization and not self._sync:
+                done.before_backward(last_microbatch=True, sync=False)
+                done.end_backward()
         return output
 
     def _pipelined_training_step(self, batch: Any, *rest: Any) -> Any:
@@ -94,8 +97,7 @@ class Training(Failures):
         )
         loss = output["loss"] if isinstance(output, Mapping) else output
         _lightning.call_hook(trainer, package, "on_before_backward", loss)
-        if self._sync:
-            self._finish_gradients()
+        self._end_backward()
         _lightning.call_hook(trainer, package, "on_after_backward")
         return output
 
@@ -114,19 +116,37 @@ class Training(Failures):
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         guard = self._guards.get(id(optimizer))
+        if self._user_module.automatic_optimization:
+            closure = self._finished(closure)
         if guard is not None:
             closure = self._guarded(guard, optimizer, closure)
         try:
             output = super().optimizer_step(optimizer, closure, model, **kwargs)
+            self._restore_parameters()  # a gradient scaler may have left the update out
         except BaseException as error:
-            for update in self._updates:
-                update.restore()
+            self._restore_parameters()
             if isinstance(error, Exception):  # a collective may have failed, of the gradients or of the update
                 self._raise_explained(error)
             raise
         if self._done is not None and self._done.loads is not None:
             update_expert_bias(self._user_module, self._sum_over_data)
         return output
+
+    def _restore_parameters(self) -> None:
+        for update in self._updates:
+            update.restore()
+
+    def _finished(self, closure: Callable[[], Any]) -> Callable[[], Any]:
+        """Finish gradients where the step had nothing to differentiate here: other ranks may have, or earlier batches."""
+
+        def finished() -> Any:
+            self._is_finished = False
+            result = closure()
+            if not self._is_finished:
+                self._finish_gradients()
+            return result
+
+        return finished
 
     def _guarded(self, guard: StepGuard, optimizer: Optimizer, closure: Callable[[], Any]) -> Callable[[], Any]:
         """Judge what the closure computed before it is clipped and applied."""
@@ -165,14 +185,21 @@ class Training(Failures):
         with owed:
             done.before_backward(last_microbatch=True, sync=self._sync)
             self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)
-            if self._sync:
-                self._finish_gradients()
+            self._end_backward()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)
         self.post_backward(closure_loss)
         return closure_loss
 
+    def _end_backward(self) -> None:
+        assert self._done is not None
+        if self._sync:
+            self._finish_gradients()
+        else:
+            self._done.end_backward()
+
     def _finish_gradients(self) -> None:
         assert self._done is not None and self._tokens is not None
+        self._is_finished = True
         self._done.finish_gradients()
         if self._tokens.uses_sums:
             self._tokens.normalise(self._done.named_parameters().values())

@@ -1,8 +1,7 @@
 """The fence, put right before every update that a torch optimizer makes; and a watch for whatever else changes its tensors.
 
-torch calls its hooks around ``Optimizer.step`` before it calls the closure, in which Lightning runs forward and backward.
-So the hook must not wait: it wraps the closure, and the fence comes when that returns. LBFGS and its like call it several
-times, and change nothing before the first.
+The hook around ``Optimizer.step`` must not wait before forward and backward, which run in the closure: the fence comes when
+that returns. LBFGS and its like call it several times, and change nothing before the first.
 
 In a run's first steps all that an optimizer holds is summed after a step and before its next. What differs is changed by
 something else, such as weights that are clipped in ``training_step``: it is never lazy. Nothing is before it was watched once.
@@ -23,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from kenotron.callbacks_native import crc32c
 from kenotron.checkpoint.format import bytes_of
 from kenotron.checkpoint.sources import sums_of
+from kenotron.closures import with_closure
 
 #: How often each optimizer is watched from one step to its next: it reads all that it holds twice.
 _NUM_WATCHES = 2
@@ -70,13 +70,11 @@ class OptimizerGuard:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         self._watches.setdefault(optimizer, _Watch([]))
-        if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._fenced(optimizer, kwargs["closure"])}
-        if len(args) > 1 and callable(args[1]):  # the first is the optimizer itself
-            return (args[0], self._fenced(optimizer, args[1]), *args[2:]), kwargs
-        self._look(optimizer)
-        self._fence()
-        return None
+        found = with_closure(args, kwargs, functools.partial(self._fenced, optimizer))
+        if found is None:
+            self._look(optimizer)
+            self._fence()
+        return found
 
     def _fenced(self, optimizer: Optimizer, closure: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(closure)

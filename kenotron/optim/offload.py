@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -34,12 +34,20 @@ class HostState:
         optimizer: whose state; parameters may be DTensors.
         sizes: elements of a parameter by ``id``, the same on all ranks that update it together; ``None``: its own.
         part_numel: elements of the parameters that are updated together.
+        held: a context in which updates of parts are one (`ShardedUpdate.held`).
 
     Raises:
         ValueError: an optimizer that looks at several parameters at once, as far as is known.
     """
 
-    def __init__(self, optimizer: Optimizer, sizes: Mapping[int, int] | None = None, *, part_numel: int = PART_NUMEL) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        sizes: Mapping[int, int] | None = None,
+        *,
+        part_numel: int = PART_NUMEL,
+        held: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
+    ) -> None:
         kind = type(optimizer)
         if not (is_elementwise(kind) or isinstance(optimizer, ShardAware) or is_by_parameter(kind)):
             raise ValueError(
@@ -48,7 +56,7 @@ class HostState:
                 f"element of its update depends on the same element of gradient and state alone, set {kind.__name__}."
                 "is_elementwise = True; or set offload_optimizer=False."
             )
-        self._optimizer, self._sizes, self._part_numel = optimizer, sizes or {}, part_numel
+        self._optimizer, self._sizes, self._part_numel, self._held = optimizer, sizes or {}, part_numel, held
         self._host: dict[tuple[nn.Parameter, str], Tensor] = {}
         self._stream: torch.cuda.Stream | None = None
         self._update = optimizer.step
@@ -79,20 +87,25 @@ class HostState:
         for param in grads:
             param.grad = None
         try:
-            self._bring(parts[0])
-            for index, part in enumerate(parts):
-                for param in part:
-                    param.grad = grads[param]
-                with self._arrived():
-                    self._bring(parts[index + 1] if index + 1 < len(parts) else ())
-                self._update()
-                for param in part:
-                    param.grad = None
-                self._put_back(part)
+            with self._held():
+                self._update_parts(parts, grads)
         finally:
             for param, grad in grads.items():
-                param.grad = grad
+                if grad is None or grad.shape == param.shape:  # else a part, which has had its use
+                    param.grad = grad
         return loss
+
+    def _update_parts(self, parts: Sequence[Sequence[nn.Parameter]], grads: Mapping[nn.Parameter, Tensor | None]) -> None:
+        self._bring(parts[0])
+        for index, part in enumerate(parts):
+            for param in part:
+                param.grad = grads[param]
+            with self._arrived():
+                self._bring(parts[index + 1] if index + 1 < len(parts) else ())
+            self._update()
+            for param in part:
+                param.grad = None
+            self._put_back(part)
 
     def _parts(self) -> list[list[nn.Parameter]]:
         """Return the parameters that have gradients in runs of about equal size; one empty run where none has."""

@@ -96,7 +96,7 @@ def check_optimizer(optimizer: Optimizer, layout: ParallelLayout) -> None:
     """Refuse an optimizer that would be wrong on this layout.
 
     Fine anywhere are `ShardAware` ones, torch's elementwise ones (subclasses too that keep their ``step``), and those whose
-    class says ``is_elementwise = True``. Anything else needs whole parameters, which data-parallel replicas (ZeRO 0 and 1) and
+    class says ``is_elementwise = True``. Anything else needs whole parameters, which data-parallel replicas (ZeRO 0 to 2) and
     pipeline stages have; LBFGS needs all of them.
 
     Raises:
@@ -143,7 +143,7 @@ def _cuts(layout: ParallelLayout, *, whole_model: bool) -> list[str]:
     cuts = [f"{axis}={size}" for axis, size in (("tp", layout.tp), ("ep", layout.ep)) if size > 1]
     if whole_model and layout.pp > 1:
         cuts.append(f"pp={layout.pp}")
-    if layout.zero_stage > 1 and layout.dp_shard * layout.cp > 1:
+    if layout.zero_stage == 3 and layout.dp_shard * layout.cp > 1:
         cuts.append(f"zero_stage={layout.zero_stage} over {layout.dp_shard * layout.cp} ranks")
     return cuts
 
@@ -152,8 +152,8 @@ def _whole(layout: ParallelLayout, *, whole_model: bool) -> str:
     changes = [f"{axis}=1" for axis, size in (("tp", layout.tp), ("ep", layout.ep)) if size > 1]
     if whole_model and layout.pp > 1:
         changes.append("pp=1")
-    if layout.zero_stage > 1 and layout.dp_shard * layout.cp > 1:
-        changes.append("zero_stage=1")
+    if layout.zero_stage == 3 and layout.dp_shard * layout.cp > 1:
+        changes.append("zero_stage=2")
     return " and ".join(changes)
 
 

@@ -1,12 +1,14 @@
-"""ZeRO 1: parameters and gradients are whole on every rank, and each rank updates its share of them.
+"""ZeRO 1 and 2: parameters are whole on every rank, and each rank updates its share of them.
 
 One update of an optimizer, on all ranks of a group that hold the same parameters:
 
-1. The closure has run: gradients are whole, averaged, and clipped.
+1. The closure has run: gradients are averaged. Each is whole; or this rank has only its part, where `GradientReducer` hands
+   parts over, and the parameter has become its share already (`ShardedUpdate.place`): clipping and the like find both alike.
 2. Each parameter that has a gradient becomes its share for a moment (``param.data`` and ``param.grad`` are views of this rank's
    rows), so that the user's own optimizer updates these rows, and keeps state for them alone.
 3. ``Optimizer.step`` does its work.
-4. Parameters are whole again, and the shares that the other ranks updated are gathered.
+4. Parameters are whole again, and the shares that the other ranks updated are gathered. Gradients are whole again too, or
+   ``None`` where there were only parts.
 
 Between updates a parameter is an ordinary ``nn.Parameter`` of its full shape, the same object throughout. An optimizer that
 needs whole parameters gets whole ones: each is updated by one rank and sent to the others. One that is not known to treat
@@ -17,41 +19,23 @@ Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training Trillion Paramet
 
 from __future__ import annotations
 
-import itertools
-import math
+import contextlib
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from kenotron.closures import with_closure
 from kenotron.optim.placement import ShardAware, is_by_parameter, is_elementwise
-from kenotron.parallel.collectives import all_gather_single
+from kenotron.parallel.buckets import Chunks, Rows, Scratch, Share, copy_all, fill, rows_of
+from kenotron.parallel.collectives import start_all_gather
 
 #: ``"rows"``: each rank updates some rows of each parameter. ``"parameters"``: some parameters. ``"none"``: all of them.
 Granularity = Literal["rows", "parameters", "none"]
-
-#: Bytes of updated parameters that travel together.
-BUCKET_BYTES = 25 * 2**20
-
-
-class Rows(NamedTuple):
-    """Rows of a parameter, along its first dimension."""
-
-    start: int
-    length: int
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """Return these rows of a tensor, as a view."""
-        return tensor.narrow(0, self.start, self.length)
-
-    def dense(self, tensor: Tensor) -> Tensor:
-        """Return these rows without gaps between elements, which fused optimizers take for granted."""
-        rows = self.of(tensor)
-        return rows if self.length == tensor.shape[0] else rows.contiguous()
 
 
 def granularity_of(optimizer: Optimizer) -> Granularity:
@@ -59,25 +43,6 @@ def granularity_of(optimizer: Optimizer) -> Granularity:
     if isinstance(optimizer, ShardAware) or is_elementwise(type(optimizer)):
         return "rows"
     return "parameters" if is_by_parameter(type(optimizer)) else "none"
-
-
-def rows_of(size: int, ranks: int, offset: int) -> list[Rows]:
-    """Divide ``size`` rows among ranks as evenly as rows allow: of each rank in order.
-
-    Args:
-        offset: which rank begins. Parameters with other offsets leave their remainders to other ranks.
-    """
-    bounds = [size * part // ranks for part in range(ranks + 1)]
-    parts = [Rows(start, end - start) for start, end in itertools.pairwise(bounds)]
-    return [parts[(rank + offset) % ranks] for rank in range(ranks)]
-
-
-class _Share(NamedTuple):
-    """What each rank of a group updates of a parameter."""
-
-    group: dist.ProcessGroup
-    rows: tuple[Rows, ...]
-    own: Rows
 
 
 class ShardedUpdate:
@@ -89,6 +54,7 @@ class ShardedUpdate:
         optimizer: the user's. names: of its parameters by ``id``, the same on all ranks that hold them.
         group_of: a parameter -> the ranks that hold the same one, of which each updates a share.
         tied: names of parameters that other groups hold as well (pipeline stages), and divide alike.
+        sizes: about how much of each parameter (by ``id``) a rank has, the same on all that update it together.
     """
 
     def __init__(
@@ -97,12 +63,17 @@ class ShardedUpdate:
         names: Mapping[int, str],
         group_of: Callable[[nn.Parameter], dist.ProcessGroup],
         tied: Collection[str] = (),
+        sizes: Mapping[int, int] | None = None,
     ) -> None:
         self.granularity = granularity_of(optimizer)
         self._optimizer, self._names, self._group_of, self._tied = optimizer, names, group_of, tied
-        self._shares: dict[nn.Parameter, _Share | None] = {}
+        self._sizes = sizes or {}
+        self._shares: dict[nn.Parameter, Share | None] = {}
         self._loads: dict[dist.ProcessGroup, list[int]] = {}  # elements that each rank updates, by whole parameters
-        self._whole: dict[nn.Parameter, tuple[Tensor, Tensor]] = {}  # parameter and gradient, while shares are in their places
+        # Parameter and gradient, while shares are in their places.
+        self._whole: dict[nn.Parameter, tuple[Tensor, Tensor | None]] = {}
+        self._is_held = False
+        self._scratch = Scratch()
         self._buckets: dict[tuple[int, ...], list[_Bucket]] = {}
         self._handles: list[Any] = []
         if self.granularity != "none":
@@ -120,22 +91,32 @@ class ShardedUpdate:
 
     def rows(self, param: nn.Parameter) -> Rows | None:
         """Return the rows of a parameter that this rank updates; ``None``: all of them, as on every other rank."""
-        share = self._share(param)
+        share = self.share(param)
         return None if share is None else share.own
 
     def updaters(self, param: nn.Parameter) -> list[int]:
         """Return the ranks of the group, as global ranks, that update any rows of a parameter."""
-        share = self._share(param)
+        share = self.share(param)
         if share is None:
             return []
         return [dist.get_global_rank(share.group, rank) for rank, rows in enumerate(share.rows) if rows.length]
 
-    def _share(self, param: nn.Parameter) -> _Share | None:
+    def share(self, param: nn.Parameter) -> Share | None:
+        """Return what each rank updates of a parameter; ``None``: all of it."""
         if param not in self._shares:
             self._shares[param] = self._divide(param)
         return self._shares[param]
 
-    def _divide(self, param: nn.Parameter) -> _Share | None:
+    def divided(self, param: nn.Parameter) -> Share | None:
+        """Return what each rank updates of a parameter of the optimizer's; ``None``: all of it, or nothing."""
+        is_updated = any(param is each for group in self._optimizer.param_groups for each in group["params"])
+        return self.share(param) if is_updated else None
+
+    def placed(self, param: nn.Parameter) -> Rows | None:
+        """Return the rows that a parameter and its gradient are at the moment; ``None``: they are whole."""
+        return self._own(param) if param in self._whole else None
+
+    def _divide(self, param: nn.Parameter) -> Share | None:
         """Decide who updates what of a parameter: every rank comes to the same, without asking."""
         if self.granularity == "none" or param.ndim == 0 or not param.numel() or id(param) not in self._names:
             return None  # a scalar is no work; what is empty belongs to another pipeline stage
@@ -149,16 +130,20 @@ class ShardedUpdate:
         else:
             loads = self._loads.setdefault(group, [0] * ranks)
             owner = by_name if name in self._tied else loads.index(min(loads))
-            loads[owner] += param.numel()
+            loads[owner] += self._size(param)
             rows = [Rows(0, size if rank == owner else 0) for rank in range(ranks)]
-        return _Share(group, tuple(rows), rows[dist.get_rank(group)])
+        return Share(group, tuple(rows), rows[dist.get_rank(group)], self.granularity == "parameters")
+
+    def _size(self, param: nn.Parameter) -> int:
+        """Return about how much of a parameter lies here: the same on tensor-parallel ranks, which divide alike."""
+        return self._sizes.get(id(param), param.numel())
 
     @torch.no_grad()
     def take_shares(self) -> None:
         """Cut state that is there already, for whole parameters, to this rank's rows (it was loaded from elsewhere)."""
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
         if self.granularity == "parameters":  # the largest first, to the least loaded
-            params.sort(key=lambda param: -param.numel())
+            params.sort(key=lambda param: -self._size(param))
         for param in params:
             rows = self.rows(param)
             if rows is None or param not in self._optimizer.state:
@@ -176,12 +161,10 @@ class ShardedUpdate:
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
         """Before ``Optimizer.step``, whose closure runs the module: shares take their places when it returns."""
-        if callable(kwargs.get("closure")):
-            return args, {**kwargs, "closure": self._then_divide(kwargs["closure"])}
-        if len(args) > 1 and callable(args[1]):  # the first is the optimizer itself
-            return (args[0], self._then_divide(args[1]), *args[2:]), kwargs
-        self._put_shares()
-        return None
+        found = with_closure(args, kwargs, self._then_divide)
+        if found is None:
+            self._put_shares()
+        return found
 
     def _then_divide(self, closure: Callable[[], Any]) -> Callable[[], Any]:
         def divided() -> Any:
@@ -193,34 +176,68 @@ class ShardedUpdate:
         return divided
 
     @torch.no_grad()
+    def place(self, parts: Mapping[nn.Parameter, Tensor | None]) -> None:
+        """Put shares in the places of parameters, with parts of averaged gradients in those of gradients.
+
+        Args:
+            parts: what this rank updates; ``None``: no rank has a gradient, and whoever waits for one finds the right shape.
+        """
+        for param, part in parts.items():
+            self._put(param, self._own(param), part, None)
+
+    @torch.no_grad()
     def _put_shares(self) -> None:
+        """Before the update: put the shares of all parameters that have gradients in their places."""
+        for param in [] if self._is_held else [param for param in self._whole if param.grad is None]:
+            self._put_back(param)  # nobody updates these
         for group in self._optimizer.param_groups:
             for param in group["params"]:
                 rows = self.rows(param) if param.grad is not None else None
                 if rows is None:
                     continue
-                whole, grad = param.data, param.grad
-                self._whole[param] = whole, grad
-                param.grad = None  # it must have the parameter's shape at any time
-                param.data = rows.dense(whole)
+                if param not in self._whole:
+                    grad = param.grad
+                    self._put(param, rows, rows.dense(grad), grad)
                 # Rows that are none still have state, so that each rank knows of every parameter; a whole parameter is one
                 # rank's business.
-                if rows.length or self.granularity == "rows":
-                    param.grad = rows.dense(grad)
+                if not rows.length and self.granularity == "parameters":
+                    param.grad = None
+
+    def _put(self, param: nn.Parameter, rows: Rows, part: Tensor | None, grad: Tensor | None) -> None:
+        """Let a parameter be its share, with a part of a gradient; ``grad`` is there again when it is whole."""
+        self._whole[param] = param.data, grad
+        param.grad = None  # it must have the parameter's shape at any time
+        param.data = rows.dense(param.data)
+        if part is not None and part.stride() != param.stride():
+            part = torch.empty_like(param).copy_(part)
+        param.grad = part
 
     @torch.no_grad()
     def restore(self) -> list[nn.Parameter]:
         """Make parameters whole again, without what other ranks updated: as after an error. Returns those that were not."""
         restored = list(self._whole)
-        for param, (whole, grad) in self._whole.items():
-            part, place = param.data, self._own(param).of(whole)
-            param.grad = None
-            param.data = whole
-            param.grad = grad
-            if part.numel() and part.data_ptr() != place.data_ptr():  # copied, or replaced by the optimizer
-                place.copy_(part)
-        self._whole.clear()
+        for param in restored:
+            self._put_back(param)
         return restored
+
+    def _put_back(self, param: nn.Parameter) -> None:
+        whole, grad = self._whole.pop(param)
+        part, place = param.data, self._own(param).of(whole)
+        param.grad = None
+        param.data = whole
+        param.grad = grad
+        if part.numel() and part.data_ptr() != place.data_ptr():  # copied, or replaced by the optimizer
+            place.copy_(part)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Let several updates of some parameters each be one: shares stay in their places until the last one is done."""
+        self._is_held = True
+        try:
+            yield
+        finally:
+            self._is_held = False
+        self.gather()
 
     def _own(self, param: nn.Parameter) -> Rows:
         share = self._shares[param]
@@ -230,11 +247,10 @@ class ShardedUpdate:
     @torch.no_grad()
     def gather(self) -> None:
         """Make parameters whole again, with what the other ranks have updated. All ranks call it."""
+        if self._is_held:
+            return
         params = self.restore()
         if not params:
-            return
-        if self.granularity == "parameters":
-            self._send_whole(params)
             return
         travelling: list[_Bucket] = []  # two at a time: one travels while the one before is put where it belongs
         for bucket in self._buckets_of(params):
@@ -245,21 +261,6 @@ class ShardedUpdate:
         for bucket in travelling:
             bucket.collect()
 
-    def _send_whole(self, params: Sequence[nn.Parameter]) -> None:
-        """Send each parameter from the rank that updated it."""
-        sent: list[tuple[nn.Parameter, Tensor, dist.Work | None]] = []
-        for param in params:
-            share = self._shares[param]
-            assert share is not None
-            flat = param.detach().contiguous()
-            work = dist.broadcast(flat, self.updaters(param)[0], group=share.group, async_op=True)
-            sent.append((param, flat, work))
-        for param, flat, work in sent:
-            assert work is not None
-            work.wait()
-            if flat.data_ptr() != param.data_ptr():
-                param.copy_(flat)
-
     def _buckets_of(self, params: Sequence[nn.Parameter]) -> list[_Bucket]:
         """Return what travels together of these parameters: nearly always the same ones."""
         key = tuple(map(id, params))
@@ -268,63 +269,40 @@ class ShardedUpdate:
         return self._buckets[key]
 
     def _make_buckets(self, params: Sequence[nn.Parameter]) -> Iterator[_Bucket]:
-        kinds: dict[tuple[Any, ...], list[nn.Parameter]] = {}
-        for param in params:
+        def kind(param: nn.Parameter) -> tuple[Any, ...]:
             share = self._shares[param]
             assert share is not None
-            kinds.setdefault((share.group, param.dtype, param.device), []).append(param)
-        for (group, *_), members in kinds.items():
-            bucket: list[nn.Parameter] = []
-            size = 0
-            for param in members:
-                if bucket and size + param.nbytes > BUCKET_BYTES:
-                    yield _Bucket(bucket, self._shares, group)
-                    bucket, size = [], 0
-                bucket.append(param)
-                size += param.nbytes
-            yield _Bucket(bucket, self._shares, group)
+            return share.group, param.dtype, param.device
+
+        for members in fill(params, kind):
+            yield _Bucket(members, [share for param in members if (share := self._shares[param]) is not None], self._scratch)
 
 
 class _Bucket:
     """Parameters of one dtype and group: each rank sends its rows of all of them in one piece, and gets everyone's."""
 
-    def __init__(
-        self, params: Sequence[nn.Parameter], shares: Mapping[nn.Parameter, _Share | None], group: dist.ProcessGroup
-    ) -> None:
-        self._group, self._rank = group, dist.get_rank(group)
-        # (parameter, its rows) of each rank.
-        self._parts: list[list[tuple[nn.Parameter, Rows]]] = [[] for _ in range(group.size())]
-        for param in params:
-            share = shares[param]
-            assert share is not None
-            for rank, rows in enumerate(share.rows):
-                if rows.length:
-                    self._parts[rank].append((param, rows))
-        self._numel = max(sum(rows.length * math.prod(p.shape[1:]) for p, rows in part) for part in self._parts)
-        self._like = params[0]
-        self._work: dist.Work | None = None
-        self._received: Tensor | None = None
+    def __init__(self, params: Sequence[nn.Parameter], shares: Sequence[Share], scratch: Scratch) -> None:
+        self._params, self._rows = params, [share.own for share in shares]
+        self._group, self._rank = shares[0].group, shares[0].group.rank()
+        self._chunks = Chunks(params, shares, padded=not shares[0].is_whole)
+        self._scratch = scratch
+        self._works: list[dist.Work] = []
+        self._memory: Tensor | None = None
 
     def launch(self) -> None:
         """Start to exchange rows."""
-        own = self._like.new_empty(self._numel, requires_grad=False)
-        self._copy(own, self._rank, outwards=True)
-        self._received = own.new_empty(self._numel * self._group.size())
-        self._work = all_gather_single(self._received, own, group=self._group, async_op=True)
+        lengths = self._chunks.lengths
+        self._memory = self._scratch.take(self._params[0], sum(lengths))
+        views = self._chunks.views(self._memory.split(lengths)[self._rank], self._rank)
+        copy_all((view, rows.of(p.detach())) for view, rows, p in zip(views, self._rows, self._params, strict=True))
+        self._works = start_all_gather(self._memory, lengths, self._group)
 
     def collect(self) -> None:
         """Put the other ranks' rows where they belong."""
-        assert self._work is not None and self._received is not None
-        self._work.wait()
-        for rank, piece in enumerate(self._received.split(self._numel)):
-            if rank != self._rank:
-                self._copy(piece, rank, outwards=False)
-        self._work = self._received = None
-
-    def _copy(self, flat: Tensor, rank: int, *, outwards: bool) -> None:
-        places = [rows.of(param.detach()) for param, rows in self._parts[rank]]
-        if not places:
-            return
-        sizes = [place.numel() for place in places]
-        parts = [part.view(p.shape) for part, p in zip(flat[: sum(sizes)].split(sizes), places, strict=True)]
-        torch._foreach_copy_(*((parts, places) if outwards else (places, parts)))
+        assert self._memory is not None
+        for work in self._works:
+            work.wait()
+        pairs = self._chunks.pairs(self._memory, [param.detach() for param in self._params], without=self._rank)
+        copy_all((place, piece) for piece, place in pairs)
+        self._scratch.give(self._memory)
+        self._works, self._memory = [], None

@@ -24,15 +24,16 @@ from kenotron.parallel import context, expert, init, overlap, pipeline, sequence
 from kenotron.parallel._torch import flatten
 from kenotron.parallel.context import ContextKind, ContextParallel
 from kenotron.parallel.cut import AbsentParameter, Cut
-from kenotron.parallel.data import FullySharded, GradientReducer, SharedBuffers, layers_to_shard
+from kenotron.parallel.data import FullySharded, SharedBuffers, layers_to_shard
 from kenotron.parallel.expert import ExpertParallel
 from kenotron.parallel.expert_load import ExpertLoads
 from kenotron.parallel.float8 import Float8
-from kenotron.parallel.grads import GradientNorm, OwedSums
+from kenotron.parallel.grads import GradientNorm, OwedSums, nowhere
 from kenotron.parallel.plain import enclosing
 from kenotron.parallel.plan import ParallelPlan, find_plan, pipeline_hints
 from kenotron.parallel.random import OwnStream
 from kenotron.parallel.recompute import Recompute, compile_blocks
+from kenotron.parallel.reducer import Divider, GradientReducer
 from kenotron.parallel.shards import Shards, attributes, canonical
 from kenotron.parallel.shares import ShareCheck
 from kenotron.parallel.vocab_weight import stepping
@@ -77,7 +78,7 @@ class Parallelized:
     Args:
         root: the module. shards: what this rank holds of each parameter.
         cut: the pipeline cut, if ``pp > 1``. experts: the ep axis, if ``ep > 1``. loads: of experts, if there are any.
-        sharded: FSDP2's part; reducers: those of plain replicas.
+        sharded: FSDP2's part (ZeRO 3); reducers: those of replicas, whose parameters are whole.
         num_parameters: of the whole module. last_pp_rank: the pipeline rank of the last stage.
     """
 
@@ -130,13 +131,30 @@ class Parallelized:
         with stepping(), stance:
             return call() if self.sharded is None else self.sharded.enclose(call)
 
-    def before_backward(self, *, last_microbatch: bool, sync: bool) -> None:
-        """Prepare the next backward pass (see ``FullySharded.before_backward``)."""
+    def before_backward(self, *, last_microbatch: bool, sync: bool, stage: int = 0) -> None:
+        """Prepare the next backward pass.
+
+        Args:
+            last_microbatch: it is the last one of this step on this rank.
+            sync: the step ends with an update (it is not one of several that accumulate). stage: of the pipeline.
+        """
         if self.sharded is not None:
-            self.sharded.before_backward(last_microbatch=last_microbatch, sync=sync)
-        if last_microbatch and sync:
-            for reducer in self.reducers:
-                reducer.arm()
+            self.sharded.before_backward(last_microbatch=last_microbatch)
+        for reducer in self.reducers:
+            reducer.arm(stage, last=last_microbatch and sync)
+
+    def divide_gradients(self, divider: Divider | None, *, each_pass: bool = False) -> None:
+        """From now on each rank keeps its part of gradients only, see ``GradientReducer.divide``."""
+        for reducer in self.reducers:
+            reducer.divide(divider, each_pass=each_pass)
+        self.norm.placed = divider.placed if divider is not None else nowhere
+        if self.owed is not None:
+            self.owed.placed = self.norm.placed
+
+    def end_backward(self) -> None:
+        """After the backward passes of a step without an update: what was sent has arrived."""
+        for reducer in self.reducers:
+            reducer.close()
 
     def look_for_shares(self, outputs: Iterable[Any]) -> None:
         """Before a backward pass from ``outputs``: find parameters whose gradients will be owed a sum over tp."""
@@ -437,12 +455,12 @@ def _data_parallel(
     layout = request.layout
     if layout.dp_size * layout.cp == 1:
         return
-    if request.schedule in pipeline.SPLITS_BACKWARD and layout.pp > 1 and layout.zero_stage > 1 and layout.dp_shard > 1:
+    if request.schedule in pipeline.SPLITS_BACKWARD and layout.pp > 1 and layout.zero_stage == 3 and layout.dp_shard > 1:
         raise ValueError(
             f"schedule={request.schedule!r} computes weight gradients outside of autograd, where FSDP2 does not see them. Set "
-            "zero_stage=1 or 0, or schedule='interleaved_1f1b'."
+            "zero_stage to 2 or less, or schedule='interleaved_1f1b'."
         )
-    if layout.zero_stage > 1 and layout.dp_shard * layout.cp > 1:
+    if layout.zero_stage == 3 and layout.dp_shard * layout.cp > 1:
         _fully_shard(done, mesh, expert_mesh, blocks, request)
 
 
@@ -457,17 +475,32 @@ def _average_gradients(done: Parallelized, mesh: DeviceMesh, expert_mesh: Device
         if scalars:
             done.reducers.append(GradientReducer(scalars, data_group(mesh)))
         return
-    spread = _expert_parameters(done)
-    done.reducers.append(GradientReducer([p for p in root.parameters() if p.numel() and p not in spread], data_group(mesh)))
+    spread, stage_of = _expert_parameters(done), _stages_of(done)
+    dense = [p for p in root.parameters() if p.numel() and p not in spread]
+    copies = mesh["dp_replicate"].get_group() if layout.dp_replicate > 1 else None
+    done.reducers.append(GradientReducer(dense, data_group(mesh), copies=copies, stage_of=stage_of))
     if expert_mesh is not None:
         same = flatten(expert_mesh, "dp_replicate", "expert_shard", name="expert_dp").get_group()
-        done.reducers.append(GradientReducer(spread, same, divisor=replicas))
+        copies = expert_mesh["dp_replicate"].get_group() if layout.dp_replicate > 1 else None
+        done.reducers.append(GradientReducer(spread, same, divisor=replicas, copies=copies, stage_of=stage_of))
+
+
+def _stages_of(done: Parallelized) -> Callable[[nn.Parameter], int | None]:
+    """Return a function: a parameter -> the one pipeline stage of this rank that uses it; ``None``: several may."""
+    if done.cut is None:
+        return lambda _: 0
+    here = set(done.cut.local_stages)
+    users: dict[int, set[int]] = {}
+    for name, param in done.root.named_parameters(remove_duplicate=False):
+        stage = done.cut.stage_of(canonical(name))
+        users.setdefault(id(param), set()).update(here if stage is None else {stage})
+    return lambda param: next(iter(users[id(param)])) if len(users.get(id(param), ())) == 1 else None
 
 
 def _fully_shard(
     done: Parallelized, mesh: DeviceMesh, expert_mesh: DeviceMesh | None, blocks: str | None, request: Request
 ) -> None:
-    """ZeRO 1 to 3."""
+    """ZeRO 3."""
     layout, root = request.layout, done.root
     # Scalars can't be sharded; empty ones belong to other stages.
     ignored = {p for p in root.parameters() if p.numel() == 0 or p.ndim == 0}
@@ -489,7 +522,7 @@ def _fully_shard(
         over = expert_mesh["dp_replicate", "expert_shard"] if layout.dp_replicate > 1 else expert_mesh["expert_shard"]
     layers = [layer for layer in layers if layer not in tied]
     done.sharded = FullySharded(
-        root, layers, fsdp_mesh, layout.zero_stage, ignored, data_group(mesh), experts, over, gather_bf16=request.gather_bf16
+        root, layers, fsdp_mesh, ignored, data_group(mesh), experts, over, gather_bf16=request.gather_bf16
     )
 
 

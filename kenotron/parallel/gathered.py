@@ -36,8 +36,8 @@ _PATIENCE_S = 15.0  # with a rank that is slow or gone: the collective itself wa
 _STUCK_S = 5.0
 _END = "nothing more in this step"
 _UNLIKE = (
-    "Under zero_stage=2 and 3 every rank must run the same layers in the same order, since each has a part of all of them: "
-    "FSDP would mix their weights. Let all ranks run all layers (on samples of zeros whose loss counts 0), or set zero_stage=1."
+    "Under zero_stage=3 every rank must run the same layers in the same order, since each has a part of all of them: "
+    "FSDP would mix their weights. Let all ranks run all layers (on samples of zeros whose loss counts 0), or set zero_stage=2."
 )
 
 _instances = itertools.count()
@@ -149,7 +149,7 @@ class GatheredParameters:
             if torch.is_grad_enabled():  # only where the backward pass is itself recorded
                 raise ValueError(
                     "second derivatives (torch.autograd.grad(..., create_graph=True), gradient penalties) do not go through "
-                    "parameters that are gathered and freed. Set zero_stage=1, the default, or 0."
+                    "parameters that are gathered and freed. Set zero_stage to 2 or less."
                 )
             pre_backward(*args)
 

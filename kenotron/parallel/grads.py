@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from kenotron.layout import ParallelLayout
+from kenotron.parallel.buckets import Rows
 from kenotron.parallel.pieces import held_rows
 from kenotron.parallel.shards import Shards
 
@@ -20,6 +21,11 @@ from kenotron.parallel.shards import Shards
 def local(tensor: Tensor) -> Tensor:
     """Return the local part of a DTensor, any other tensor as it is."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def nowhere(param: nn.Parameter) -> Rows | None:
+    """Say of any parameter that it is whole."""
+    return None
 
 
 def _whole(param: nn.Parameter) -> list[Tensor]:
@@ -87,6 +93,9 @@ class OwedSums:
         shards: what this rank holds. tp_group: the tp axis.
         kv_groups: how many tp ranks share a KV head -> those that share this rank's; empty where none are shared.
         pp_groups: pipeline ranks (as in ``shards.holders``) -> their group.
+
+    Attributes:
+        placed: a parameter -> the rows that it is at the moment; ``None``: it is whole.
     """
 
     def __init__(
@@ -100,6 +109,7 @@ class OwedSums:
         if shards.tp > 1:  # ``partial`` may grow when the first graph is seen
             self._by_group.append((shards.partial, tp_group))
         self._shards, self._kv_groups = shards, kv_groups
+        self.placed: Callable[[nn.Parameter], Rows | None] = nowhere
         for holders, group in pp_groups.items():
             self._by_group.append(({name for name, who in shards.holders.items() if who == holders}, group))
 
@@ -120,7 +130,7 @@ class OwedSums:
         found: dict[nn.Parameter, list[tuple[int, int]]] = defaultdict(list)
         for name in sorted(self._shards.shared_kv & params.keys()):
             for param in _trained({name}, params):
-                for start, length, ranks in held_rows(self._shards.by_name[name], param):
+                for start, length, ranks in held_rows(self._shards.by_name[name], param, self.placed(param)):
                     if len(ranks) == size:
                         found[param].append((start, length))
         return found
@@ -146,22 +156,28 @@ class GradientNorm:
 
     Args:
         layout: resolved layout. shards: what this rank holds.
+
+    Attributes:
+        placed: as in `OwedSums`.
     """
 
     def __init__(self, layout: ParallelLayout, shards: Shards) -> None:
         self._layout = layout
         self._shards = shards
+        self.placed: Callable[[nn.Parameter], Rows | None] = nowhere
 
     def _parts(self, name: str, param: nn.Parameter, grad: Tensor) -> Iterator[tuple[int, Tensor]]:
         """Yield the parts of a gradient, each with how many ranks hold the same elements."""
         layout, shard = self._layout, self._shards.of(name, param)
         spread = 1 if shard.experts is None else layout.ep
-        dp = layout.dp_replicate if isinstance(param, DTensor) else layout.dp_size * layout.cp // spread
+        rows = self.placed(param)
+        is_part = isinstance(param, DTensor) or rows is not None
+        dp = layout.dp_replicate if is_part else layout.dp_size * layout.cp // spread
         copies = dp * len(self._shards.holders.get(name, (0,)))
         if not shard.shared:
             yield copies * len(shard.replicas), grad
             return
-        for start, length, ranks in held_rows(shard, param):
+        for start, length, ranks in held_rows(shard, param, rows):
             yield copies * len(ranks), grad.narrow(0, start, length)
 
     @torch.no_grad()

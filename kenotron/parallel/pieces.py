@@ -57,9 +57,15 @@ def pieces_of(shard: TensorShard, rows: tuple[int, int] | None) -> Iterator[Piec
         )
 
 
-def held_rows(shard: TensorShard, value: Tensor) -> Iterator[tuple[int, int, tuple[int, ...]]]:
-    """Yield ``(start, length, tp ranks that hold them)`` of the local rows of a parameter that is cut along dimension 0."""
-    for segment, low, length, _ in _rows(shard, *(_zero_rows(value) or (0, shard.shape[0]))):
+def held_rows(
+    shard: TensorShard, value: Tensor, rows: tuple[int, int] | None = None
+) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Yield ``(start, length, tp ranks that hold them)`` of what is here of a parameter that is cut along dimension 0.
+
+    Args:
+        rows: ``(start, count)`` of what ``value`` has of the local rows; ``None``: what ZeRO 3 left.
+    """
+    for segment, low, length, _ in _rows(shard, *(rows or _zero_rows(value) or (0, shard.shape[0]))):
         yield low, length, shard.holders[segment]
 
 

@@ -113,7 +113,8 @@ class Pipeline:
         cut: the cut module. schedule: a key of ``SCHEDULES``.
         group: the pipeline group. device: where activations live.
         enclose: runs a callable inside the root's own forward hooks (FSDP2's), if it has any.
-        before_backward: called with ``last=True`` before this rank's last backward pass of a step, else ``last=False``.
+        before_backward: called before each backward pass that computes gradients of weights, with its stage and whether it is
+            this rank's last one of a step.
         before_graph: called with what each backward pass starts from.
         on_enter: called in every flight before the first own unit runs.
     """
@@ -126,7 +127,7 @@ class Pipeline:
         device: torch.device,
         *,
         enclose: Callable[[Callable[[], Any]], Any] = lambda call: call(),
-        before_backward: Callable[[bool], None] = lambda last: None,
+        before_backward: Callable[[int, bool], None] = lambda stage, last: None,
         before_graph: Callable[[Iterable[Any]], None] = lambda outputs: None,
         on_enter: Callable[[], None] | None = None,
     ) -> None:
@@ -222,9 +223,9 @@ class Pipeline:
     def _observed(self, stage: int, action: str, index: int) -> AbstractContextManager[Any]:
         return _UNOBSERVED if self.observer is None else self.observer(stage, action, index)
 
-    def _announce_backward(self, counts: bool = True) -> None:
-        self._backwards_left -= counts
-        self.before_backward(self._backwards_left == 0)
+    def _announce_backward(self, stage: int) -> None:
+        self._backwards_left -= 1
+        self.before_backward(stage, self._backwards_left == 0)
 
     # ------------------------------------------------------------------------------------- forward only, and the probe
 
@@ -379,13 +380,14 @@ class _Stage(PipelineStage):
     ) -> None:
         outputs, _ = self.fwd_cache[bwd_chunk_id]
         self._pipeline.before_graph([loss] if self.is_last else outputs)
-        self._pipeline._announce_backward(counts=full_backward)
+        if full_backward:
+            self._pipeline._announce_backward(self.stage_index)
         action = "backward" if full_backward else "backward-input"
         with self._pipeline._observed(self.stage_index, action, bwd_chunk_id):
             super().backward_one_chunk(bwd_chunk_id, loss, full_backward, last_backward)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, last_backward: bool = False) -> None:
-        self._pipeline._announce_backward()
+        self._pipeline._announce_backward(self.stage_index)
         with self._pipeline._observed(self.stage_index, "backward-weight", bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, last_backward)
 

@@ -95,7 +95,12 @@ class Choice:
     @property
     def is_sharded(self) -> bool:
         """Whether FSDP2 shards parameters, with their gradients and state."""
-        return self.layout.zero_stage > 1 and self.shards > 1
+        return self.layout.zero_stage == 3 and self.shards > 1
+
+    @property
+    def keeps_parts(self) -> bool:
+        """Whether parameters are whole, and each rank keeps its part of gradients and state (ZeRO 1 and 2)."""
+        return self.layout.zero_stage in (1, 2) and self.shards > 1
 
     @property
     def state_shards(self) -> int:

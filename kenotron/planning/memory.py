@@ -7,8 +7,10 @@ What lives is followed through a step, at the moments where it can be most:
 - the backward pass of each part: gradients are made, gathered parameters are freed, gradients travel;
 - the update.
 
-Under ZeRO 0 and 1 parameters and gradients are whole. Under ZeRO 2 parameters stay whole from the forward pass to their
-backward pass, under ZeRO 3 one block is, and the next one on its way; gradients of several microbatches add up in parts.
+Under ZeRO 0 to 2 parameters are whole. Gradients are whole under ZeRO 0; under ZeRO 1 until the last backward pass, of which
+parts are left for the update alone; under ZeRO 2 parts of all microbatches add up, in float32 at least. (Where hooks look at
+gradients they are whole, and this says too little.) Under ZeRO 3 one block's parameters are whole, and the next one's on their
+way.
 """
 
 from __future__ import annotations
@@ -17,8 +19,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kenotron.optim.zero import BUCKET_BYTES
 from kenotron.parallel import pipeline
+from kenotron.parallel.buckets import BUCKET_BYTES
 from kenotron.planning.layouts import Choice, Job
 from kenotron.planning.model import ModelSpec
 from kenotron.planning.trace import Part, Trace
@@ -146,6 +148,8 @@ class _Rank:
             (s for s, n in zip(self.sizes, self.where.names, strict=True) if n.startswith("block")), default=0
         )
         self.accumulates = choice.num_microbatches > 1
+        # Parts of gradients, while microbatches add up.
+        self.parts = self.updated * max(width, 4) / width
 
     def moments(self) -> list[Memory]:
         found = [self._update()]
@@ -186,12 +190,18 @@ class _Rank:
 
     def _adds(self) -> bool:
         """Whether a gradient is added to one that is there already, whole."""
-        return self.accumulates and not self.choice.is_sharded
+        return self.accumulates and not self.choice.is_sharded and not self._sums_parts
+
+    @property
+    def _sums_parts(self) -> bool:
+        return self.choice.keeps_parts and self.choice.layout.zero_stage == 2
 
     def _old_gradients(self) -> float:
         """Gradients during the forward pass: those of the last update, or of the microbatches before."""
         if self.choice.is_sharded:
             return self.shard
+        if self.choice.keeps_parts and (self._sums_parts or not self.accumulates):
+            return self.parts if self.accumulates else 0.0  # parts are gone with the update
         return self.whole
 
     def _gathered(self, at: int, *, forward: bool) -> tuple[float, float]:
@@ -199,14 +209,16 @@ class _Rank:
         if not self.choice.is_sharded:
             return 0.0, 0.0
         blocks = [size if n.startswith("block") else 0.0 for size, n in zip(self.sizes, self.where.names, strict=True)]
-        if self.choice.layout.zero_stage == 3:
-            following = blocks[at + 1 : at + 2] if forward else blocks[max(0, at - 1) : at]
-            return self.root + blocks[at], sum(following) or blocks[at]
-        return self.root + sum(blocks[: at + 1]), blocks[at] if forward else 0.0
+        following = blocks[at + 1 : at + 2] if forward else blocks[max(0, at - 1) : at]
+        return self.root + blocks[at], sum(following) or blocks[at]
 
     def _gradients(self, at: int, done: float) -> tuple[float, float]:
         """Return bytes of finished gradients, and of those which travel, during the backward pass of one part."""
         size, name = self.sizes[at], self.where.names[at]
+        if self._sums_parts and self.accumulates:
+            return self.parts, self._buckets(done)
+        if self.choice.keeps_parts and not self.accumulates:
+            return done * self.updated / self.whole, self._buckets(done)
         if not self.choice.is_sharded:
             return (self.whole if self._adds() else done), self._buckets()
         if not name.startswith("block"):
@@ -215,10 +227,20 @@ class _Rank:
         before = self.where.names[at + 1] if at + 1 < len(self.where.names) else "after"
         return self.shard, size + (min(done, size) if before.startswith("block") else 0.0)
 
-    def _buckets(self) -> float:
-        """Bytes of gradients that are there twice: two buckets, of replicas that average."""
-        averages = not self.choice.is_sharded and self.choice.replicas > 1
-        return min(self.whole, 2.0 * BUCKET_BYTES) if averages else 0.0
+    def _buckets(self, done: float | None = None) -> float:
+        """Bytes of gradients that are there twice: two buckets, of replicas that average.
+
+        Args:
+            done: bytes of gradients that are made, where parts are kept: a bucket that fills, and two on their way, whose sums
+                arrive (all that they are made of, without NCCL).
+        """
+        if self.choice.is_sharded or self.choice.replicas == 1:
+            return 0.0
+        if done is None or not self.choice.keeps_parts:
+            return min(self.whole, 2.0 * BUCKET_BYTES)
+        arrives = 2.0 if self.job.device.name == "cpu" else 1 + 1 / self.choice.shards
+        filling = min(done, BUCKET_BYTES)
+        return filling + min(max(done - filling, 0.0), 2 * BUCKET_BYTES) * arrives
 
     def _update(self) -> Memory:
         job = self.job
@@ -226,9 +248,9 @@ class _Rank:
         shards = self.choice.state_shards
         largest = max((part.largest for part in self.where.parts), default=0) * self.trace.param_bytes / shards
         work = max(copies * self.updated, 2 * largest if job.optimizer_copies is None else 0.0)
-        gradients = self.shard if self.choice.is_sharded else self.whole
+        gradients = self.shard if self.choice.is_sharded else self.updated if self.choice.keeps_parts else self.whole
         gathered = 0.0
-        if shards > 1 and not self.choice.is_sharded:  # afterwards, two buckets at a time
+        if self.choice.keeps_parts:  # afterwards, two buckets at a time
             gathered = min(self.whole, 2 * BUCKET_BYTES) * (1 + 1 / shards)
         buffers = self._received()
         return self._memory("update", gathered=0.0, gradients=gradients, kept=0.0, work=max(work, gathered), buffers=buffers)
@@ -257,9 +279,11 @@ class _Rank:
         kept = sum(count * kept_of[stage] for stage, count in flying.items())
         received = self._received()
         buckets = self._buckets()
-        sharded, zero = self.choice.is_sharded, self.choice.layout.zero_stage
-        gradients = self.shard if sharded else self.whole
-        whole = self.whole if sharded and zero < 3 else self.root if sharded else 0.0
+        sharded = self.choice.is_sharded
+        gradients = self.shard if sharded else self.parts if self._sums_parts else self.whole
+        if self._sums_parts:  # in each microbatch
+            buckets = self._buckets(self.whole)
+        whole = self.root if sharded else 0.0
         m = self.choice.num_microbatches
         cast: dict[int, float] = dict.fromkeys(kept_of, 0.0)
         last_kept: dict[int, float] = dict.fromkeys(kept_of, 0.0)  # of the microbatch that runs: up to this part
@@ -270,7 +294,7 @@ class _Rank:
                 cast[stage] += part.cast.at(x)
                 continue
             is_block = name.startswith("block")
-            gathered = whole + (2 * size if sharded and zero == 3 and is_block else 0.0)
+            gathered = whole + (2 * size if sharded and is_block else 0.0)
             # Where all forward passes come first, gradients of the last update are gone and there are none of this one.
             is_first = self.choice.schedule == "afab"
             others = kept - kept_of[stage] + last_kept[stage]

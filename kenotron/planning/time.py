@@ -14,6 +14,7 @@ import copy
 import math
 from dataclasses import dataclass, fields
 
+from kenotron.parallel.buckets import BUCKET_BYTES
 from kenotron.planning.layouts import Choice, Job
 from kenotron.planning.memory import parts_of
 from kenotron.planning.model import ModelSpec
@@ -71,7 +72,7 @@ class Software:
     Args:
         fp8: products of blocks in fp8. async_tp: tensor-parallel traffic behind products.
         gathered_bytes: of a parameter as it travels (None: its own size).
-        scatters: under ZeRO 1 gradients are sent to the rank that updates, and parameters gathered behind a forward pass.
+        scatters: parameters are gathered behind a forward pass also under ZeRO 1 and 2.
     """
 
     fp8: bool = False
@@ -286,9 +287,15 @@ class Clock:
         share = 1 - 1 / choice.replicas
         blocks = self.model.num_blocks / layout.pp
         update = 0.0
-        if not choice.is_sharded and not (self.software.scatters and choice.state_shards > 1):
-            size, window, calls = 2 * elements * gradient, slowest * 2 / 3, max(1.0, elements * gradient / 25e6)
-            if choice.state_shards > 1:  # after the update, with nothing to hide behind
+        if not choice.is_sharded and not (self.software.scatters and choice.keeps_parts):
+            passes = m if choice.layout.zero_stage == 2 else 1
+            size, window = 2 * elements * gradient, slowest * 2 / 3 * passes
+            calls = max(1.0, elements * gradient / BUCKET_BYTES) * passes
+            if choice.keeps_parts:
+                size = elements * gradient * passes
+                if layout.dp_replicate > 1:
+                    size += 2 * elements * gradient / choice.shards
+                # After the update, with nothing to hide behind.
                 update = elements * trace.param_bytes * (1 - 1 / choice.shards)
         else:
             per_pass = m if layout.pp == 1 or layout.zero_stage == 3 else 1

@@ -64,7 +64,7 @@ def fit(strategy: Any, flip: tuple[str, int] | None, module: str = "Net", on_dif
 CASES = [
     ("ddp", 2, "ddp", ("layers.1.up.weight", 1), "Net", r"layers.1.up.weight: .*ranks \[1\]"),
     ("zero0", 4, {"zero_stage": 0}, ("layers.1.up.weight", 2), "Net", r"layers.1.up.weight: ranks \[0, 1, 3\] .*ranks \[2\]"),
-    ("hsdp", 4, {"zero_stage": 2, "dp_replicate": 2}, ("layers.1.up.weight", 3), "Net", r"layers.1.up.weight at .*ranks \[3\]"),
+    ("hsdp", 4, {"zero_stage": 3, "dp_replicate": 2}, ("layers.1.up.weight", 3), "Net", r"layers.1.up.weight at .*ranks \[3\]"),
     ("tp norm", 2, {"tp": 2}, ("layers.0.norm.weight", 1), "Net", r"layers.0.norm.weight: .*ranks \[1\]"),
     ("pp tied", 2, {"pp": 2, "microbatches": 2}, ("embed.weight", 0), "Tied", r"embed.weight: .*ranks \[0\]"),
 ]

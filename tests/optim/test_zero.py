@@ -11,7 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from kenotron.optim.zero import Rows, ShardedUpdate, granularity_of, rows_of
+from kenotron.optim.zero import ShardedUpdate, granularity_of
+from kenotron.parallel.buckets import Rows, rows_of
 from kenotron.testing import RankPool
 
 
