@@ -22,9 +22,7 @@ def make(generator: random.Random) -> Tensor:
             lambda: torch.full((ROWS, COLUMNS), 0.5),
             lambda: torch.arange(float(ROWS * COLUMNS)).view(ROWS, COLUMNS) / 7,
             lambda: torch.linspace(-1, 1, ROWS * COLUMNS).reshape(ROWS, COLUMNS),
-            lambda: (
-                torch.zeros(ROWS, COLUMNS) + torch.tensor([[float(r * c % 5) for c in range(COLUMNS)] for r in range(ROWS)])
-            ),
+            lambda: torch.zeros(ROWS, COLUMNS) + torch.tensor([float(column) for column in range(COLUMNS)]),
             lambda: torch.eye(ROWS, COLUMNS),
             lambda: nn.Linear(COLUMNS, ROWS).weight.data,
             lambda: nn.Embedding(ROWS, COLUMNS).weight.detach(),
