@@ -213,8 +213,10 @@ class Persistence(StrategyBase):
             strict=module.strict_loading,
             with_optimizers=module.trainer.state.fn == self.names.TrainerFn.FITTING,
             rank=self.global_rank,
-            allow_pickle=self._checkpoint_settings.allow_pickle,
+            allow_pickle=checkpoints.is_trusted(weights_only),
         )
+        if restored.left_out and self.is_global_zero:
+            _lightning.warn(self.names, checkpoints.what_was_left_out(checkpoint_path, restored.left_out))
         if restored.lacks and module.trainer.state.fn == self.names.TrainerFn.FITTING and self.is_global_zero:
             _lightning.warn(self.names, f"{checkpoint_path} is restored without {restored.lacks}.")
         if restored.rank_state is not None and module.trainer.state.fn == self.names.TrainerFn.FITTING:
