@@ -66,6 +66,12 @@ def warn(names: Names, text: str) -> None:
     importlib.import_module(f"{names.package}.utilities.rank_zero").rank_zero_warn(text)
 
 
+def replace_filesystem(callback: Any, wrap: Callable[[Any], Any]) -> None:
+    """Replace what a ``ModelCheckpoint`` asks whether files exist; its ``setup`` makes it anew. Others have none."""
+    if "_fs" in vars(callback):
+        callback._fs = wrap(callback._fs)
+
+
 def skip_backward(trainer: Any) -> None:
     """Keep Lightning from zeroing gradients and going backward around ``training_step``: a pipeline does both inside of it."""
     assert hasattr(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward")

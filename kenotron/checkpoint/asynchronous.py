@@ -83,6 +83,7 @@ class Checkpointer:
         self._num_fences = 0
         self._folders: set[Path] = set()  # that this process has saved to
         self._at_next_fence: list[Callable[[], object]] = []
+        self._expected: dict[str, tuple[bool, object]] = {}  # path -> whether one will stand there, and what makes it so
         atexit.register(_drain_at_exit, weakref.ref(self))
         _LIVING.add(self)
 
@@ -179,13 +180,17 @@ class Checkpointer:
             try:
                 former = attempt.run(gathered, lambda file, _: pending.write(file))
             except BaseException as error:
+                self._came_true(attempt.path, pending)
                 pending.end(error)
             else:
+                self._came_true(attempt.path, pending)
                 pending.end(None)
                 if former is not None:
                     remove_tree(former)
                 self._not_removed += self._retention.published(attempt.path)
 
+        if refused is None:
+            self._expected[str(attempt.path)] = True, pending
         self._hand_over(run)
         if refused is not None:
             raise refused
@@ -228,11 +233,25 @@ class Checkpointer:
         target, successor = Path(os.path.abspath(path)), self.last
 
         def run() -> None:
+            self._came_true(target, run)
             check_place(target, self._folders)
             failed = None if successor is None or successor.error is None else successor.path
             self._not_removed += self._retention.remove(target, failed)
 
+        self._expected[str(target)] = False, run
         self._hand_over(run)
+
+    def will_stand_at(self, path: str | os.PathLike[str]) -> bool | None:
+        """Tell whether a checkpoint will stand at ``path`` when all that was begun has come to its end, if all goes well.
+
+        ``None``: nothing that is under way changes it.
+        """
+        expected = self._expected.get(os.path.abspath(path))
+        return None if expected is None else expected[0]
+
+    def _came_true(self, path: Path, what: object) -> None:
+        if self._expected.get(str(path), (False, None))[1] is what:
+            del self._expected[str(path)]
 
     def keep_what_replaced(self, path: str | os.PathLike[str]) -> None:
         """Keep what stayed because the save as ``path`` failed, also when ``path`` is removed later."""
