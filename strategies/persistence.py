@@ -20,8 +20,8 @@ from kenotron.strategies.agreement import agree
 from kenotron.strategies.base import StrategyBase
 from kenotron.strategies.callback_paths import forget_foreign_paths, paths_of, take_paths
 from kenotron.strategies.checkpointing import (
-    LOADED_IN_PLACE,
     check_path,
+    load_stored,
     load_training,
     random_state,
     save_training,
@@ -196,9 +196,6 @@ class Persistence(StrategyBase):
             checkpoint_path = self.broadcast(checkpoint_path)
         if self._uses_foreign_io or not checkpoints.is_checkpoint(checkpoint_path):
             loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
-            if loaded.get("optimizer_states") and self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING:
-                assert self._state is not None
-                self._state.load_whole_optimizers(loaded["optimizer_states"])
             self._forget_foreign_paths(loaded, checkpoint_path)
             return loaded
         if self._state is None:
@@ -210,8 +207,6 @@ class Persistence(StrategyBase):
         restored = load_training(
             checkpoint_path,
             self._state,
-            strict=module.strict_loading,
-            with_optimizers=module.trainer.state.fn == self.names.TrainerFn.FITTING,
             rank=self.global_rank,
             allow_pickle=checkpoints.is_trusted(weights_only),
         )
@@ -241,13 +236,13 @@ class Persistence(StrategyBase):
             )
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load a whole state dict, as another strategy saved it; a sharded checkpoint is in place already."""
-        if not checkpoint.get(LOADED_IN_PLACE):
-            assert self._state is not None
-            self._state.load_whole(checkpoint["state_dict"], strict)
+        """Load this rank's parts of what hooks have left of the dictionary, those of the optimizers with them."""
+        assert self._state is not None
+        fitting = self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING
+        load_stored(checkpoint, self._state, strict=strict, with_optimizers=fitting)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing: they are loaded with the checkpoint."""
+        """Nothing: they are loaded with the module."""
 
     def _streams_state(self) -> Any:
         return None if self._streams is None else self._streams.state_dict()

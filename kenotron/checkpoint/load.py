@@ -35,6 +35,7 @@ from kenotron.checkpoint.errors import (
     TensorMissingError,
 )
 from kenotron.checkpoint.format import CHUNK_BYTES, RESERVED_PREFIXES, LocalTensor, box_of
+from kenotron.checkpoint.lazy import LazyTensor
 from kenotron.checkpoint.manifest import Manifest, NodePart, StoredPiece, check_file_size, read_manifest
 from kenotron.checkpoint.values import decode, tensors_in
 from kenotron.files import read_regular
@@ -126,6 +127,19 @@ def load_state_dict(source: Source, prefix: str = "model/") -> dict[str, torch.T
     manifest = _manifest_of(source)
     names = [name for name in manifest.tensors if name.startswith(prefix) and not name.startswith(RESERVED_PREFIXES)]
     found = _load_whole(manifest, names)
+    found.update({name: found[stored] for name, stored in manifest.aliases.items() if stored in found})
+    return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
+
+
+def lazy_state_dict(source: Source, prefix: str = "model/") -> dict[str, torch.Tensor]:
+    """Return what ``load_state_dict`` returns, as tensors that are read when they are touched."""
+    manifest = _manifest_of(source)
+
+    def lazy(name: str) -> LazyTensor:
+        stored = manifest.tensors[name]
+        return LazyTensor(name, stored.shape, stored.dtype, lambda: _load_whole(manifest, [name])[name])
+
+    found = {name: lazy(name) for name in manifest.tensors if name.startswith(prefix)}
     found.update({name: found[stored] for name, stored in manifest.aliases.items() if stored in found})
     return {name.removeprefix(prefix): tensor for name, tensor in found.items() if name.startswith(prefix)}
 

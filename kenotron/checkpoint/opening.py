@@ -68,13 +68,21 @@ def open_checkpoint(path: str | os.PathLike[str], map_location: Any = None, weig
         warnings.warn(what_was_left_out(path, left_out), stacklevel=3)
     if "lightning" not in saved:
         return _moved(load_state_dict(manifest, ""), map_location)
-    found = {**load_state_dict(manifest, _MODEL), **saved.get("extra_state", {})}
-    names = [name for name in saved.get("names") or () if name in found]
-    state_dict = {name: found[name] for name in dict.fromkeys([*names, *found])}
-    checkpoint = {**saved["lightning"], "state_dict": state_dict}
+    checkpoint = {**saved["lightning"], "state_dict": in_order(load_state_dict(manifest, _MODEL), saved)}
     if saved.get("optimizers") is not None:
         checkpoint["optimizer_states"] = optimizer_states(manifest, saved)
     return _moved(checkpoint, map_location)
+
+
+def in_order(tensors: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a module's state dict, in the order in which it was saved, with what modules keep beside tensors.
+
+    Args:
+        saved: the shared state.
+    """
+    found = {**tensors, **saved.get("extra_state", {})}
+    names = [name for name in saved.get("names") or () if name in found]
+    return {name: found[name] for name in dict.fromkeys([*names, *found])}
 
 
 def optimizer_states(manifest: Manifest, saved: Mapping[str, Any]) -> list[dict[str, Any]]:
