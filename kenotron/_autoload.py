@@ -37,6 +37,10 @@ NAMES: dict[str, dict[str, Any]] = {
 LOADERS = ("lightning.fabric.utilities.cloud_io", "lightning_fabric.utilities.cloud_io")
 
 
+#: Where they define which checkpoints a logger with ``log_model`` sends away.
+LOGGERS = ("lightning.pytorch.loggers.utilities", "pytorch_lightning.loggers.utilities")
+
+
 def autoload() -> None:
     """Register the strategies now, where Lightning is imported already, or as soon as it is."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -49,6 +53,28 @@ def autoload() -> None:
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "_load"):
             open_directories(module)
+    for name in LOGGERS:
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, "_scan_checkpoints"):
+            log_directories(module)
+
+
+def log_directories(utilities: ModuleType) -> None:
+    """Let loggers that send checkpoints away find directories, too: as files that Lightning opens anywhere."""
+    original = utilities._scan_checkpoints
+    if hasattr(original, "_kenotron_original"):
+        return
+
+    @functools.wraps(original)
+    def scans(checkpoint_callback: Any, logged_model_time: Any) -> Any:
+        exported = importlib.import_module("kenotron.checkpoint.exported")
+        return exported.scan(original, checkpoint_callback, logged_model_time)
+
+    scans._kenotron_original = original  # type: ignore[attr-defined]
+    package = utilities.__name__.removesuffix("utilities")
+    for name, module in list(sys.modules.items()):
+        if name.startswith(package) and vars(module).get("_scan_checkpoints") is original:
+            module._scan_checkpoints = scans  # type: ignore[attr-defined]
 
 
 def open_directories(cloud_io: ModuleType) -> None:
@@ -117,7 +143,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if (fullname not in PACKAGES and fullname not in LOADERS) or fullname in self._busy:
+        if fullname not in (*PACKAGES, *LOADERS, *LOGGERS) or fullname in self._busy:
             return None
         self._busy.add(fullname)
         try:
@@ -132,6 +158,8 @@ class _Finder(importlib.abc.MetaPathFinder):
             run(module)
             if fullname in PACKAGES:
                 register(module, PACKAGES[fullname])
+            elif fullname in LOGGERS:
+                log_directories(module)
             else:
                 open_directories(module)
 

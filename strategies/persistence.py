@@ -87,7 +87,7 @@ class Persistence(StrategyBase):
             self._beliefs.not_begun(callbacks, filepath)
             raise
         self._beliefs.begun(callbacks, save, filepath)
-        if not (self._checkpoint_settings.asynchronous and checkpointer.is_training) or self._links_to_last():
+        if not (self._checkpoint_settings.asynchronous and checkpointer.is_training) or self._is_wanted_at_once():
             try:
                 checkpointer.wait()
             finally:
@@ -179,10 +179,13 @@ class Persistence(StrategyBase):
         dist.all_gather_object(found, own)
         return found
 
-    def _links_to_last(self) -> bool:
-        """Whether a callback makes a link to the checkpoint as soon as the call returns: it must not dangle."""
-        return any(
-            getattr(callback, "save_last", None) == "link" for callback in self._user_module.trainer.checkpoint_callbacks
+    def _is_wanted_at_once(self) -> bool:
+        """Whether the checkpoint must stand there when the call returns: a callback links to it, or a logger sends it away."""
+        trainer = self._user_module.trainer
+        callbacks = trainer.checkpoint_callbacks
+        keeps_all = any(getattr(callback, "save_top_k", None) == -1 for callback in callbacks)
+        return any(getattr(callback, "save_last", None) == "link" for callback in callbacks) or any(
+            _lightning.logs_each_checkpoint(logger, keeps_all=keeps_all) for logger in trainer.loggers
         )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:

@@ -75,7 +75,7 @@ class LazyTensor(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         self.read().data = value
 
-    def __repr__(self, **kwargs: Any) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return repr(self.read())
 
 

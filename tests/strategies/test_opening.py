@@ -12,6 +12,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.loggers import utilities
 from strategy_helpers import DP2, SLOW, TP2_PP2, Classifier, Task, close, fit, loaders, make_trainer
 from torch import nn
 
@@ -201,6 +202,7 @@ def test_both_packages_and_fabric_open_it(package: str, tmp_path: Path) -> None:
     code = f"""
 import {package} as L
 {fabric}
+from lightning.pytorch.loggers import utilities
 from torch import nn
 class Module(L.LightningModule):
     def __init__(self, depth, dropout, lr):
@@ -215,3 +217,33 @@ print(Fabric(accelerator="cpu", devices=1).load({str(path)!r})["state_dict"]["he
     assert done.returncode == 0, done.stderr
     expected = checkpoints.load_state_dict(path)["head.weight"].sum().item()
     assert [float(line) for line in done.stdout.split()] == [expected, expected]
+
+
+class Sends(L.pytorch.loggers.Logger):
+    """As WandbLogger and MLFlowLogger do it: looks for new files when a checkpoint was saved, and sends them away."""
+
+    name, version = "sends", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.times: dict[str, float] = {}
+        self.sent: list[tuple[int, str, bool]] = []
+
+    def log_metrics(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None: ...
+
+    def after_save_checkpoint(self, checkpoint_callback: Any) -> None:
+        for time, path, _, _ in utilities._scan_checkpoints(checkpoint_callback, self.times):
+            checkpoint = torch.load(open(path, "rb"))  # noqa: SIM115
+            is_best = path == checkpoint_callback.best_model_path
+            self.sent.append((checkpoint["global_step"], Path(path).name, is_best))
+            self.times[path] = time
+
+
+def test_loggers_get_each_checkpoint_as_a_file_when_it_is_published(tmp_path: Path) -> None:
+    logger = Sends()
+    keep = L.pytorch.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    trainer = make_trainer({}, [keep], max_epochs=1, logger=logger)
+    trainer.fit(Classifier(), *loaders(trainer, Task(Classifier, {})))
+    assert logger.sent == [(step, f"step={step}.ckpt", True) for step in (1, 2, 3)]
