@@ -156,6 +156,9 @@ class Persistence(StrategyBase):
         if self._uses_foreign_io:
             super().remove_checkpoint(filepath)
         elif self.leads_checkpoints:
+            callbacks = self._user_module.trainer.callbacks
+            if any(str(getattr(callback, "ckpt_path", None)) == str(filepath) for callback in callbacks):
+                self.checkpointer.adopt(Path(filepath).parent)  # OnExceptionCheckpoint: it was named in the script
             self.checkpointer.remove(filepath)
             if not self.checkpointer.is_training:
                 self.checkpointer.wait()

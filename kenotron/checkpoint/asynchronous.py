@@ -234,12 +234,17 @@ class Checkpointer:
 
         def run() -> None:
             self._came_true(target, run)
-            check_place(target, self._folders)
+            if os.path.lexists(target):  # what isn't there needs no removing, whoever it would belong to
+                check_place(target, self._folders)
             failed = None if successor is None or successor.error is None else successor.path
             self._not_removed += self._retention.remove(target, failed)
 
         self._expected[str(target)] = False, run
         self._hand_over(run)
+
+    def adopt(self, folder: str | os.PathLike[str]) -> None:
+        """Let checkpoints in a folder be removed though this process has saved none there."""
+        self._folders.add(Path(folder).resolve())
 
     def will_stand_at(self, path: str | os.PathLike[str]) -> bool | None:
         """Tell whether a checkpoint will stand at ``path`` when all that was begun has come to its end, if all goes well.
