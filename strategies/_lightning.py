@@ -66,6 +66,26 @@ def warn(names: Names, text: str) -> None:
     importlib.import_module(f"{names.package}.utilities.rank_zero").rank_zero_warn(text)
 
 
+def replace_filesystem(callback: Any, wrap: Callable[[Any], Any]) -> None:
+    """Replace what a ``ModelCheckpoint`` asks whether files exist; its ``setup`` makes it anew. Others have none."""
+    if "_fs" in vars(callback):
+        callback._fs = wrap(callback._fs)
+
+
+def logs_each_checkpoint(logger: Any, *, keeps_all: bool) -> bool:
+    """Tell whether a logger looks at each checkpoint as soon as it is saved.
+
+    Args:
+        keeps_all: whether a callback keeps all checkpoints; then ``log_model=True`` means ``"all"``.
+    """
+    hook = type(logger).after_save_checkpoint
+    known = [f"{package}.loggers" for package in FABRIC]
+    if not hook.__module__.startswith(tuple(known)):
+        return True  # the user's own
+    wanted = getattr(logger, "_log_model", False)
+    return wanted == "all" or (wanted is True and keeps_all)
+
+
 def skip_backward(trainer: Any) -> None:
     """Keep Lightning from zeroing gradients and going backward around ``training_step``: a pipeline does both inside of it."""
     assert hasattr(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward")

@@ -7,7 +7,8 @@ from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from kenotron.checkpoint import is_checkpoint
+from kenotron.checkpoint import Checkpointer, is_checkpoint
+from kenotron.strategies import _lightning
 
 _SINGLE = ("best_model_path", "kth_best_model_path", "last_model_path")
 _RANKED = "best_k_models"
@@ -20,6 +21,36 @@ def paths_of(callback: Any) -> dict[str, Any]:
     if isinstance(ranked, Mapping):
         kept[_RANKED] = list(map(str, ranked))
     return kept
+
+
+def reserve_names(callbacks: Iterable[Any], checkpointer: Checkpointer) -> None:
+    """Let callbacks that look whether a name is free see what is under way as if it were done.
+
+    ``ModelCheckpoint`` numbers names that are taken: a checkpoint that is being written has taken its own already.
+    """
+    for callback in callbacks:
+        _lightning.replace_filesystem(callback, lambda real: _ExpectedFiles(real, checkpointer))
+
+
+class _ExpectedFiles:
+    """A file system on which what a checkpointer has begun is done."""
+
+    def __init__(self, real: Any, checkpointer: Checkpointer) -> None:
+        self._real, self._checkpointer = real, checkpointer
+
+    def exists(self, path: Any, **kwargs: Any) -> bool:
+        expected = self._checkpointer.will_stand_at(path)
+        return bool(self._real.exists(path, **kwargs)) if expected is None else expected
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._real, name)
+
+    def __reduce__(self) -> Any:  # copies of a callback belong to no run
+        return _itself, (self._real,)
+
+
+def _itself(value: Any) -> Any:
+    return value
 
 
 def take_paths(callback: Any, theirs: Mapping[str, Any]) -> None:

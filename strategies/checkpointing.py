@@ -21,8 +21,8 @@ from kenotron.files import is_url
 from kenotron.strategies.settings import CheckpointSettings
 from kenotron.strategies.state import CheckpointState
 
-#: Marks a restored dictionary whose tensors are in the module already.
-LOADED_IN_PLACE = "kenotron_loaded_in_place"
+#: In a dictionary that was read from a directory: where its lazy tensors are, and what else was saved.
+STORED = "kenotron_stored"
 
 
 def check_path(path: Any) -> None:
@@ -103,6 +103,9 @@ def save_training(
         "extra_state": {name: value for name, value in module_state.items() if not isinstance(value, Tensor)},
         "optimizers": state.optimizer_groups() if with_optimizers else None,
         "optimizer_kinds": state.optimizer_kinds() if with_optimizers else None,
+        "optimizer_parameters": state.optimizer_parameters() if with_optimizers else None,
+        "names": list(module_state),
+        "renamed": state.renamed(),
         "layout": state.layout_sizes(),
         "models": state.models(tokenizer),
     }
@@ -115,6 +118,8 @@ def save_training(
         save_id=save_id,
         rank_state=rank_state,
         allow_pickle=settings.allow_pickle,
+        is_lazy=is_lazy,
+        stored=state.stored(),
         timeout_s=settings.timeout_s,
         aliases=state.aliases(),
         nodes=nodes,
@@ -131,40 +136,64 @@ class Restored:
         checkpoint: Lightning's dictionary without tensors.
         rank_state: this rank's, if the layout was the same.
         lacks: what the checkpoint holds, or this layout needs, and could not be restored; empty if all was.
+        left_out: where pickles are that were not opened.
     """
 
     checkpoint: dict[str, Any]
     rank_state: dict[str, Any] | None
     lacks: str
+    left_out: list[str]
 
 
 def load_training(
     path: Any,
     state: CheckpointState,
     *,
-    strict: bool,
-    with_optimizers: bool,
     rank: int,
     allow_pickle: bool,
 ) -> Restored:
-    """Load this rank's parts of module and optimizers in place, from a checkpoint of any layout."""
-    manifest = checkpoints.read_manifest(path)
-    saved = checkpoints.load_state(manifest, allow_pickle=allow_pickle)
-    state.load_model(manifest, strict, saved["extra_state"])
-    if with_optimizers and saved["optimizers"] is not None:
-        state.load_optimizers(manifest, saved["optimizers"], saved.get("optimizer_kinds"))
-    checkpoint = {**saved["lightning"], "state_dict": {}, LOADED_IN_PLACE: True}
-    lacks = ""
+    """Return what a checkpoint of any layout holds: Lightning's dictionary, its tensors to be read by `load_stored`.
+
+    Args:
+        allow_pickle: also load what only pickle can hold, which can run code.
+    """
+    manifest, left_out = checkpoints.read_manifest(path), list[str]()
+    saved = checkpoints.load_state(manifest, allow_pickle=allow_pickle, left_out=left_out)
+    state_dict = checkpoints.in_order(checkpoints.lazy_state_dict(manifest), saved)
+    checkpoint = {**saved["lightning"], "state_dict": state_dict, STORED: Stored(manifest, saved)}
     if saved["optimizers"] is not None:
-        checkpoint["optimizer_states"] = []
-    elif checkpoint.get("optimizer_states"):
-        lacks = "its optimizer state, which another strategy saved"
-    rank_state = None
+        checkpoint["optimizer_states"] = checkpoints.LazyList(lambda: checkpoints.optimizer_states(manifest, saved))
+    lacks, rank_state = "", None
     if saved.get("layout") == state.layout_sizes():
-        rank_state = checkpoints.load_rank_state(manifest, rank, allow_pickle=allow_pickle)
+        rank_state = checkpoints.load_rank_state(manifest, rank, allow_pickle=allow_pickle, left_out=left_out)
     else:
-        lacks += f"{' and ' if lacks else ''}the states of its random generators, which belong to another layout"
-    return Restored(checkpoint, rank_state, lacks)
+        lacks = "the states of its random generators, which belong to another layout"
+    return Restored(checkpoint, rank_state, lacks, left_out)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A checkpoint whose tensors are still to be read: its manifest and its shared state."""
+
+    manifest: checkpoints.Manifest
+    saved: Mapping[str, Any]
+
+
+def load_stored(checkpoint: Mapping[str, Any], state: CheckpointState, *, strict: bool, with_optimizers: bool) -> None:
+    """Load this rank's parts of module and optimizers in place, from Lightning's dictionary as hooks have left it."""
+    stored: Stored | None = checkpoint.get(STORED)
+    renamed = state.load_model(checkpoint["state_dict"], strict, None if stored is None else stored.manifest)
+    states = checkpoint.get("optimizer_states")
+    if not with_optimizers or states is None:
+        return
+    if isinstance(states, checkpoints.LazyList) and states.is_untouched:
+        assert stored is not None
+        saved = stored.saved
+        by_hooks = saved.get("renamed") or {}  # an optimizer's state has its parameters' own names
+        renamed = {name: by_hooks.get(there, there) for name, there in renamed.items()}
+        state.load_optimizers(stored.manifest, saved["optimizers"], saved.get("optimizer_kinds"), renamed)
+    elif states:
+        state.load_whole_optimizers(states)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

@@ -20,8 +20,8 @@ from kenotron.strategies.agreement import agree
 from kenotron.strategies.base import StrategyBase
 from kenotron.strategies.callback_paths import forget_foreign_paths, paths_of, take_paths
 from kenotron.strategies.checkpointing import (
-    LOADED_IN_PLACE,
     check_path,
+    load_stored,
     load_training,
     random_state,
     save_training,
@@ -87,7 +87,7 @@ class Persistence(StrategyBase):
             self._beliefs.not_begun(callbacks, filepath)
             raise
         self._beliefs.begun(callbacks, save, filepath)
-        if not (self._checkpoint_settings.asynchronous and checkpointer.is_training) or self._links_to_last():
+        if not (self._checkpoint_settings.asynchronous and checkpointer.is_training) or self._is_wanted_at_once():
             try:
                 checkpointer.wait()
             finally:
@@ -156,6 +156,9 @@ class Persistence(StrategyBase):
         if self._uses_foreign_io:
             super().remove_checkpoint(filepath)
         elif self.leads_checkpoints:
+            callbacks = self._user_module.trainer.callbacks
+            if any(str(getattr(callback, "ckpt_path", None)) == str(filepath) for callback in callbacks):
+                self.checkpointer.adopt(Path(filepath).parent)  # OnExceptionCheckpoint: it was named in the script
             self.checkpointer.remove(filepath)
             if not self.checkpointer.is_training:
                 self.checkpointer.wait()
@@ -179,10 +182,13 @@ class Persistence(StrategyBase):
         dist.all_gather_object(found, own)
         return found
 
-    def _links_to_last(self) -> bool:
-        """Whether a callback makes a link to the checkpoint as soon as the call returns: it must not dangle."""
-        return any(
-            getattr(callback, "save_last", None) == "link" for callback in self._user_module.trainer.checkpoint_callbacks
+    def _is_wanted_at_once(self) -> bool:
+        """Whether the checkpoint must stand there when the call returns: a callback links to it, or a logger sends it away."""
+        trainer = self._user_module.trainer
+        callbacks = trainer.checkpoint_callbacks
+        keeps_all = any(getattr(callback, "save_top_k", None) == -1 for callback in callbacks)
+        return any(getattr(callback, "save_last", None) == "link" for callback in callbacks) or any(
+            _lightning.logs_each_checkpoint(logger, keeps_all=keeps_all) for logger in trainer.loggers
         )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
@@ -196,9 +202,6 @@ class Persistence(StrategyBase):
             checkpoint_path = self.broadcast(checkpoint_path)
         if self._uses_foreign_io or not checkpoints.is_checkpoint(checkpoint_path):
             loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
-            if loaded.get("optimizer_states") and self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING:
-                assert self._state is not None
-                self._state.load_whole_optimizers(loaded["optimizer_states"])
             self._forget_foreign_paths(loaded, checkpoint_path)
             return loaded
         if self._state is None:
@@ -210,11 +213,11 @@ class Persistence(StrategyBase):
         restored = load_training(
             checkpoint_path,
             self._state,
-            strict=module.strict_loading,
-            with_optimizers=module.trainer.state.fn == self.names.TrainerFn.FITTING,
             rank=self.global_rank,
-            allow_pickle=self._checkpoint_settings.allow_pickle,
+            allow_pickle=checkpoints.is_trusted(weights_only),
         )
+        if restored.left_out and self.is_global_zero:
+            _lightning.warn(self.names, checkpoints.what_was_left_out(checkpoint_path, restored.left_out))
         if restored.lacks and module.trainer.state.fn == self.names.TrainerFn.FITTING and self.is_global_zero:
             _lightning.warn(self.names, f"{checkpoint_path} is restored without {restored.lacks}.")
         if restored.rank_state is not None and module.trainer.state.fn == self.names.TrainerFn.FITTING:
@@ -239,13 +242,13 @@ class Persistence(StrategyBase):
             )
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load a whole state dict, as another strategy saved it; a sharded checkpoint is in place already."""
-        if not checkpoint.get(LOADED_IN_PLACE):
-            assert self._state is not None
-            self._state.load_whole(checkpoint["state_dict"], strict)
+        """Load this rank's parts of what hooks have left of the dictionary, those of the optimizers with them."""
+        assert self._state is not None
+        fitting = self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING
+        load_stored(checkpoint, self._state, strict=strict, with_optimizers=fitting)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing: they are loaded with the checkpoint."""
+        """Nothing: they are loaded with the module."""
 
     def _streams_state(self) -> Any:
         return None if self._streams is None else self._streams.state_dict()

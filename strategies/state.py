@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
-from kenotron.checkpoint import LocalTensor, Manifest, Piece, StoredTensor, load_into
+from kenotron.checkpoint import LazyTensor, LocalTensor, Manifest, Piece, StoredTensor, entries, load_into
 from kenotron.hf.record import describe_models
 from kenotron.layout import ParallelLayout
 from kenotron.optim.offload import HostState
@@ -67,6 +68,9 @@ class CheckpointState:
         # Neither changes from save to save, and a save returns at once.
         self._first_holders: dict[tuple[int, ...], int] = {}
         self._places: dict[tuple[Any, ...], _Place] = {}
+        self._given: dict[int, tuple[str, Any]] = {}  # what `state_dict` returned last, and under which name, by `id`
+        self._aliases: dict[str, str] = {}
+        self._renamed: dict[str, str] = {}
         self._sharing = sharing if sharing is not None else range(layout.world_size)
 
     def models(self, tokenizer: str | os.PathLike[str] | None) -> list[dict[str, Any]]:
@@ -81,24 +85,43 @@ class CheckpointState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the module's state by canonical name: this rank's parts; other stages' weights are there, but empty."""
-        state = self._done.root.state_dict()
-        return {canonical(name): value for name, value in state.items()}
+        state = {canonical(name): value for name, value in self._done.root.state_dict().items()}
+        self._given = {id(value): (name, value) for name, value in state.items()}
+        return state
 
     def model_tensors(self, state_dict: Mapping[str, Any]) -> Iterator[LocalTensor]:
-        """Yield what this rank has of the tensors in ``state_dict``, which the user's hooks may have changed."""
+        """Yield what this rank has of the tensors in ``state_dict``: what ``state_dict()`` returned, as hooks have changed it.
+
+        A tensor that a hook has put under another name is still known. ``aliases`` then tells of the names that share one.
+        """
         params, buffers = self._done.named_parameters(), {canonical(n) for n, _ in self._done.root.named_buffers()}
-        seen: set[str] = set()
+        given, self._given = self._given, {}
+        seen: dict[str, str] = {}
+        self._aliases, self._renamed = {}, {}
         for name, value in state_dict.items():
-            key = self._done.aliases.get(name, name)
-            if not isinstance(value, Tensor) or key in seen or (self._done.cut and self._done.cut.is_elsewhere(name)):
+            if not isinstance(value, Tensor):
                 continue
-            seen.add(key)
+            origin = given[id(value)][0] if id(value) in given else name
+            key = self._done.aliases.get(origin, origin)
+            if key in seen:
+                self._aliases[_MODEL + name] = seen[key]
+                continue
+            seen[key] = _MODEL + name
+            if name != key:
+                self._renamed[name] = key
+            if self._done.cut and self._done.cut.is_elsewhere(origin):
+                continue
             if key in params:
                 # A hook may have put something else under the parameter's name, which may change at any time.
                 lazy = local(value).data_ptr() == local(params[key]).data_ptr()
-                yield self._boxed(_MODEL + key, key, value, params[key], lazy=lazy)
+                yield self._boxed(_MODEL + name, key, value, params[key], lazy=lazy)
+            elif isinstance(value, DTensor):
+                raise ValueError(
+                    f"a hook has put a part of a weight into the state dict as {name!r}, which is no parameter. Under another "
+                    "name a weight is saved as it is; edit it under its own name, or put value.full_tensor() there."
+                )
             else:
-                owner = self._first(self._ranks_of_stage(name) if name in buffers else self._ranks_at_the_end())
+                owner = self._first(self._ranks_of_stage(origin) if origin in buffers else self._ranks_at_the_end())
                 yield LocalTensor.whole(_MODEL + name, local(value), owners=(owner,))
 
     def parameters(self) -> list[LocalTensor]:
@@ -115,56 +138,67 @@ class CheckpointState:
         """The first rank of the last pipeline stage among those that share this one's samples."""
         return self._layout.rank_at(self._done.last_pp_rank, self._where.dp_replicate, self._where.dp_shard, 0, 0)
 
+    def stored(self) -> dict[int, str]:
+        """Return the names under which the parameters of this rank are saved, by ``id``."""
+        return {id(param): _MODEL + name for name, param in self._done.named_parameters().items()}
+
     def aliases(self) -> dict[str, str]:
-        """Return the further names of tied weights, as the checkpoint knows them."""
-        return {_MODEL + name: _MODEL + first for name, first in self._done.aliases.items()}
+        """Return the further names of tied weights, as the checkpoint that was described last knows them."""
+        return self._aliases
 
-    def load_model(self, manifest: Manifest, strict: bool, extra_state: Mapping[str, Any]) -> list[str]:
-        """Load this rank's parts in place. Returns the names that the checkpoint lacks (``strict=False``).
-
-        Args:
-            extra_state: what modules keep through ``get_extra_state``.
-        """
-        for name, value in extra_state.items():
-            self._done.root.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
-        tensors = list(self.model_tensors(self.state_dict()))
-        if not strict:
-            tensors = [t for t in tensors if t.name in manifest.tensors]
-        missing = load_into(manifest, tensors, strict=strict)
-        if strict:
-            self._refuse_leftovers(manifest)
-        return missing
+    def renamed(self) -> dict[str, str]:
+        """Return the names that hooks gave to tensors in the state dict described last -> the names in the module."""
+        return self._renamed
 
     @torch.no_grad()
-    def load_whole(self, state_dict: Mapping[str, Any], strict: bool) -> None:
-        """Load this rank's parts from a whole state dict in memory, as other strategies save it.
+    def load_model(self, state_dict: Mapping[str, Any], strict: bool, manifest: Manifest | None = None) -> dict[str, str]:
+        """Load this rank's parts in place from a whole state dict, as hooks have left it.
+
+        Args:
+            manifest: the checkpoint that the lazy tensors among its values are of: of these only this rank's parts are read.
+
+        Returns:
+            For parameters that the checkpoint has under another name: that name.
 
         Raises:
             ValueError: names that only one side has (``strict``), or a shape that differs.
+            MismatchError: a shape or a dtype differs from what the checkpoint holds.
         """
-        names = self.state_dict()
-        missing = [n for n in names if n not in state_dict and self._done.aliases.get(n, n) not in state_dict]
-        unexpected = [n for n in state_dict if n not in names]
-        if strict and (missing or unexpected):
-            raise ValueError(f"the state dict does not fit: missing {missing[:8]}, unexpected {unexpected[:8]}.")
-        for tensor in self.model_tensors(names):
+        own = self.state_dict()
+        if strict:
+            self._check_names(own, state_dict)
+        wanted: list[LocalTensor] = []
+        renamed: dict[str, str] = {}
+        for tensor in list(self.model_tensors(own)):
             name = tensor.name.removeprefix(_MODEL)
-            if name not in state_dict:
-                continue
-            whole = state_dict[name]
-            if tuple(whole.shape) != tensor.global_shape:
-                raise ValueError(f"{name} has shape {tuple(whole.shape)} in the state dict and {tensor.global_shape} here.")
-            _copy_part(whole, tensor)
+            names = [name, *(each for each, first in self._done.aliases.items() if first == name)]
+            whole = next((state_dict[each] for each in names if each in state_dict), None)
+            if isinstance(whole, LazyTensor) and whole.stored != tensor.name:
+                renamed[name] = whole.stored.removeprefix(_MODEL)
+            if isinstance(whole, LazyTensor) and whole.is_untouched:
+                wanted.append(replace(tensor, name=whole.stored))
+            elif whole is not None:
+                if tuple(whole.shape) != tensor.global_shape:
+                    raise ValueError(f"{name} has shape {tuple(whole.shape)} in the state dict and {tensor.global_shape} here.")
+                _copy_part(whole, tensor)
+        if wanted:
+            assert manifest is not None
+            load_into(manifest, wanted)
+        for name, value in state_dict.items():
+            if name in own and not isinstance(value, Tensor):
+                self._done.root.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
+        return renamed
 
-    def _refuse_leftovers(self, manifest: Manifest) -> None:
-        names = {canonical(name) for name in self._done.root.state_dict()}
-        known = {_MODEL + self._done.aliases.get(name, name) for name in names}
-        leftovers = sorted(n for n in manifest.tensors if n.startswith(_MODEL) and n not in known)
-        if leftovers:
+    def _check_names(self, own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
+        known = {self._done.aliases.get(name, name) for name in state_dict}
+        tensors = [name for name, value in own.items() if isinstance(value, Tensor)]
+        missing = [name for name in tensors if self._done.aliases.get(name, name) not in known]
+        unexpected = [name for name in state_dict if name not in own]
+        if missing or unexpected:
             raise ValueError(
-                f"the checkpoint {manifest.path} has {len(leftovers)} tensors that this module lacks: "
-                f"{', '.join(leftovers[:8])}{', …' if len(leftovers) > 8 else ''}. Build the module as it was, or set "
-                "strict_loading = False on the LightningModule."
+                f"the checkpoint does not fit the module: {len(missing)} tensors are missing in it ({_some(missing)}), and it "
+                f"has {len(unexpected)} that this module lacks ({_some(unexpected)}). Build the module as it was, rename them "
+                "in on_load_checkpoint, or set strict_loading = False on the LightningModule."
             )
 
     # ---------------------------------------------------------------------------------------------------- optimizers
@@ -176,16 +210,8 @@ class CheckpointState:
         for index, optimizer in enumerate(self._optimizers):
             for name, param in self._own_parameters(optimizer):
                 for key, value in optimizer.state.get(param, {}).items():
-                    if isinstance(value, Tensor):
-                        yield self._state_tensor(index, name, key, param, value)
-                    elif isinstance(value, bool | int | float):
-                        kind = type(value).__name__
-                        yield self._state_tensor(index, name, f"{key}:{kind}", param, torch.tensor(value, dtype=_NUMBERS[kind]))
-                    elif value is not None:
-                        raise ValueError(
-                            f"{type(optimizer).__name__} keeps a {type(value).__name__} in its state ({key!r}), which a "
-                            "checkpoint can't hold. Use an optimizer whose state is made of tensors and numbers."
-                        )
+                    for entry, tensor in entries.flatten(key, value):
+                        yield self._state_tensor(index, name, entry, param, tensor)
 
     def optimizer_groups(self) -> list[list[dict[str, Any]]]:
         """Return the hyper-parameters of each optimizer's groups."""
@@ -194,17 +220,30 @@ class CheckpointState:
             for optimizer in self._optimizers
         ]
 
+    def optimizer_parameters(self) -> list[list[list[str]]]:
+        """Return the names of the parameters in each optimizer's groups, in their order."""
+        names = self._done.names()
+        return [
+            [[names.get(id(param), "") for param in group["params"]] for group in optimizer.param_groups]
+            for optimizer in self._optimizers
+        ]
+
     def optimizer_kinds(self) -> list[str]:
         """Return the name of each optimizer's class."""
         return [type(optimizer).__name__ for optimizer in self._optimizers]
 
     def load_optimizers(
-        self, manifest: Manifest, saved: Sequence[Sequence[Mapping[str, Any]]], kinds: Sequence[str] | None
+        self,
+        manifest: Manifest,
+        saved: Sequence[Sequence[Mapping[str, Any]]],
+        kinds: Sequence[str] | None,
+        renamed: Mapping[str, str],
     ) -> None:
         """Load the optimizers' state in place.
 
         Args:
             saved: what `optimizer_groups` returned. kinds: what `optimizer_kinds` did; ``None``: it was not saved.
+            renamed: what `load_model` returned.
 
         Raises:
             ValueError: another number of optimizers or parameter groups than was saved, or optimizers of another kind.
@@ -229,7 +268,7 @@ class CheckpointState:
         for index, (optimizer, groups) in enumerate(zip(self._optimizers, saved, strict=True)):
             for group, saved_group in zip(optimizer.param_groups, groups, strict=True):
                 group.update(saved_group)
-            self._load_state_of(index, optimizer, manifest, keys)
+            self._load_state_of(index, optimizer, manifest, keys, renamed)
         for offloaded in self._offloaded:
             offloaded.put_away()
 
@@ -253,9 +292,9 @@ class CheckpointState:
                 group.update({key: value for key, value in saved_group.items() if key != "params"})
                 for param, number in zip(group["params"], saved_group["params"], strict=True):
                     optimizer.state.pop(param, None)
-                    entries = state["state"].get(number)
-                    if entries and id(param) in own and self._updates_any(index, param):
-                        parts = {key: self._part_of(index, own[id(param)], param, value) for key, value in entries.items()}
+                    kept = state["state"].get(number)
+                    if kept and id(param) in own and self._updates_any(index, param):
+                        parts = {key: self._part_of(index, own[id(param)], param, value) for key, value in kept.items()}
                         optimizer.state[param] = parts
         for offloaded in self._offloaded:
             offloaded.put_away()
@@ -263,7 +302,7 @@ class CheckpointState:
     def _part_of(self, index: int, name: str, param: nn.Parameter, value: Any) -> Any:
         """Return this rank's part of a value that an optimizer keeps for a whole parameter."""
         if not isinstance(value, Tensor):
-            return value
+            return tree_map_only(Tensor, lambda leaf: self._part_of(index, name, param, leaf), value)
         share = self._share_of(index, param)
         if not value.ndim or tuple(value.shape) != self._done.shards.of(name, param).global_shape:
             return value.clone()
@@ -271,28 +310,35 @@ class CheckpointState:
         _copy_part(value, self._state_tensor(index, name, "", param, part))
         return part
 
-    def _load_state_of(self, index: int, optimizer: Optimizer, manifest: Manifest, keys: Mapping[str, Sequence[str]]) -> None:
+    def _load_state_of(
+        self,
+        index: int,
+        optimizer: Optimizer,
+        manifest: Manifest,
+        keys: Mapping[str, Sequence[str]],
+        renamed: Mapping[str, str],
+    ) -> None:
         group_of = {id(param): group for group in optimizer.param_groups for param in group["params"]}
         tensors: list[LocalTensor] = []
-        numbers: list[tuple[dict[str, Any], str]] = []
+        loaded: list[tuple[nn.Parameter, dict[str, Tensor]]] = []
         for name, param in self._own_parameters(optimizer):
             optimizer.state.pop(param, None)  # what the checkpoint lacks was not there: replace, not overwrite
             if not self._updates_any(index, param):
                 continue
             group, share = group_of[id(param)], self._share_of(index, param)
-            state: dict[str, Any] = {}
-            for key in keys.get(f"optimizer.{index}/{name}", ()):
-                stored = manifest.tensors[f"optimizer.{index}/{name}/{key}"]
+            shape, state = self._done.shards.of(name, param).global_shape, dict[str, Tensor]()
+            there = f"optimizer.{index}/{renamed.get(name, name)}"
+            for key in keys.get(there, ()):
+                stored = manifest.tensors[f"{there}/{key}"]
                 counters_on_device = bool(group.get("capturable") or group.get("fused"))
-                state[key] = _empty_state(share, stored, counters_on_device)
-                tensors.append(self._state_tensor(index, name, key, param, state[key]))
-                if ":" in key:
-                    numbers.append((state, key))
+                is_cut = stored.shape == shape and not key.endswith(entries.STRUCTURE)
+                state[key] = _empty_state(share, stored, counters_on_device, is_cut=is_cut)
+                tensors.append(replace(self._state_tensor(index, name, key, param, state[key]), name=f"{there}/{key}"))
             if state:
-                optimizer.state[param] = state
+                loaded.append((param, state))
         load_into(manifest, tensors)
-        for state, key in numbers:
-            state[key.partition(":")[0]] = state.pop(key).item()
+        for param, state in loaded:
+            optimizer.state[param] = entries.join(state)
 
     def _rows(self, index: int, param: nn.Parameter) -> Rows | None:
         """Return the rows of a parameter of which this rank has state; ``None``: of all that it holds."""
@@ -311,7 +357,7 @@ class CheckpointState:
 
     def _state_tensor(self, index: int, name: str, key: str, param: nn.Parameter, value: Tensor) -> LocalTensor:
         full_name, rows = f"optimizer.{index}/{name}/{key}", self._rows(index, param)
-        if value.shape == self._share_of(index, param).shape:
+        if value.shape == self._share_of(index, param).shape and not key.endswith(entries.STRUCTURE):
             return self._boxed(full_name, name, value, param, rows, lazy=True)
         owner = self._first_holder(name)
         if rows is not None and self._updates[index].granularity == "parameters":
@@ -392,6 +438,10 @@ class CheckpointState:
         return min(rank for rank in ranks if rank in self._sharing)
 
 
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:8]) + (", …" if len(names) > 8 else "")
+
+
 def _copy_part(whole: Tensor, part: LocalTensor) -> None:
     """Fill what lies here of a tensor from the whole of it."""
     for piece in part.pieces:
@@ -402,16 +452,16 @@ def _copy_part(whole: Tensor, part: LocalTensor) -> None:
         target.copy_(source)
 
 
-_NUMBERS = {"bool": torch.bool, "int": torch.int64, "float": torch.float64}
-
-
-def _empty_state(param: Tensor, stored: StoredTensor, counters_on_device: bool) -> Tensor:
+def _empty_state(param: Tensor, stored: StoredTensor, counters_on_device: bool, *, is_cut: bool) -> Tensor:
     """Return the tensor into which one entry of an optimizer's state is loaded.
+
+    Args:
+        is_cut: it has the parameter's shape, and lies here as far as the parameter does.
 
     Step counters live on the host unless the optimizer is fused or capturable.
     """
     if not stored.shape and param.ndim:
         return torch.zeros((), dtype=stored.dtype, device=param.device if counters_on_device else "cpu")
-    if len(stored.shape) == param.ndim:
+    if is_cut:
         return torch.zeros_like(param, dtype=stored.dtype, requires_grad=False)
     return torch.zeros(stored.shape, dtype=stored.dtype, device=param.device)

@@ -39,6 +39,7 @@ from kenotron.parallel.recompute import Recompute, RecomputeMode
 from kenotron.ranks import RankMonitor
 from kenotron.strategies import _lightning
 from kenotron.strategies.auto import choose, take_apart
+from kenotron.strategies.callback_paths import reserve_names
 from kenotron.strategies.checkpointing import check_path, check_writable, share_random_state
 from kenotron.strategies.checks import check_callbacks, check_pipelined, with_known_names
 from kenotron.strategies.collectives import Collectives
@@ -377,6 +378,7 @@ class KenotronStrategyBase(Training, Persistence, OptimizerSetup, Collectives):
             return
         assert self._done is not None
         self.checkpointer.guard_optimizers().watch_others(self._done.named_parameters().values())
+        reserve_names(trainer.checkpoint_callbacks, self.checkpointer)
         check_writable(self._checkpoint_folders(trainer), self._exchange, leads=self.leads_checkpoints)
         for folder in self._checkpoint_folders(trainer):
             if self.num_nodes > 1:

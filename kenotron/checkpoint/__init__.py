@@ -1,6 +1,6 @@
 """Sharded checkpoints: saved on any layout, published by one rename, checked byte for byte, loaded on any layout."""
 
-from kenotron.checkpoint.asynchronous import Checkpointer, PendingSave
+from kenotron.checkpoint.asynchronous import Checkpointer, PendingSave, wait_for
 from kenotron.checkpoint.claim import FolderClaim
 from kenotron.checkpoint.engine import EngineSettings
 from kenotron.checkpoint.errors import (
@@ -26,7 +26,8 @@ from kenotron.checkpoint.errors import (
     VersionTooNewError,
 )
 from kenotron.checkpoint.format import LocalTensor, Piece
-from kenotron.checkpoint.load import load_into, load_rank_state, load_state, load_state_dict
+from kenotron.checkpoint.lazy import LazyList, LazyTensor
+from kenotron.checkpoint.load import lazy_state_dict, load_into, load_rank_state, load_state, load_state_dict
 from kenotron.checkpoint.manifest import (
     Manifest,
     NodePart,
@@ -39,6 +40,7 @@ from kenotron.checkpoint.manifest import (
 from kenotron.checkpoint.meeting import remove_leftovers
 from kenotron.checkpoint.merge import merge
 from kenotron.checkpoint.nodes import Nodes, check_sharing, common_path, recover
+from kenotron.checkpoint.opening import in_order, is_trusted, open_checkpoint, optimizer_states, what_was_left_out
 from kenotron.checkpoint.save import save
 from kenotron.checkpoint.verify import Damage, FileReport, VerifyReport, verify
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
@@ -55,6 +57,8 @@ __all__ = [
     "FileReport",
     "FileSizeError",
     "FolderClaim",
+    "LazyList",
+    "LazyTensor",
     "LocalTensor",
     "Manifest",
     "ManifestDamagedError",
@@ -83,15 +87,22 @@ __all__ = [
     "check_sharing",
     "check_torch_file",
     "common_path",
+    "in_order",
     "is_checkpoint",
+    "is_trusted",
+    "lazy_state_dict",
     "load_into",
     "load_rank_state",
     "load_state",
     "load_state_dict",
     "merge",
+    "open_checkpoint",
+    "optimizer_states",
     "read_manifest",
     "recover",
     "remove_leftovers",
     "save",
     "verify",
+    "wait_for",
+    "what_was_left_out",
 ]

@@ -36,6 +36,7 @@ from kenotron.checkpoint.engine import EngineSettings
 from kenotron.checkpoint.errors import CheckpointError, SaveFailedError
 from kenotron.checkpoint.format import LocalTensor, ShardEntry, ShardLayout
 from kenotron.checkpoint.guard import OptimizerGuard
+from kenotron.checkpoint.manifest import is_checkpoint
 from kenotron.checkpoint.nodes import Nodes
 from kenotron.checkpoint.pending import PendingSave
 from kenotron.checkpoint.removal import check_place
@@ -48,6 +49,8 @@ _EXIT_TIMEOUT_S = 600.0
 _CALLS_OF_ALL_RANKS_S = 0.01
 #: How often a fence that waits lets Python handle signals.
 _SIGNALS_EVERY_S = 0.2
+#: All of this process: whoever opens a path waits for the save that is to publish it.
+_LIVING: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 
 
 class Checkpointer:
@@ -80,7 +83,9 @@ class Checkpointer:
         self._num_fences = 0
         self._folders: set[Path] = set()  # that this process has saved to
         self._at_next_fence: list[Callable[[], object]] = []
+        self._expected: dict[str, tuple[bool, object]] = {}  # path -> whether one will stand there, and what makes it so
         atexit.register(_drain_at_exit, weakref.ref(self))
+        _LIVING.add(self)
 
     def guard_optimizers(self) -> OptimizerGuard:
         """Put a fence before each step of every torch optimizer of this process, until ``close``."""
@@ -116,6 +121,7 @@ class Checkpointer:
         aliases: Mapping[str, str] | None = None,
         nodes: Nodes | None = None,
         is_lazy: Callable[[torch.Tensor], bool] = lambda tensor: False,
+        stored: Mapping[int, str] | None = None,
         ended: Callable[[], Collection[int]] = tuple,
     ) -> PendingSave:
         """Begin to save together with the other ranks, and return.
@@ -124,6 +130,7 @@ class Checkpointer:
 
         Args:
             is_lazy: as ``LocalTensor.lazy``, for tensors inside of ``state`` and ``rank_state``.
+            stored: by ``id``, parameters that are saved whole, and under which names: pickles refer to them.
             path, tensors, state, ...: as ``kenotron.checkpoint.save``.
 
         Raises:
@@ -152,7 +159,7 @@ class Checkpointer:
             if attempt.leads:
                 with contextlib.suppress(OSError):  # the worker looks again, and its failures are told as `on_error` says
                     check_replaceable(attempt.path)
-            layout = attempt.gather(tensors, state, rank_state, allow_pickle=allow_pickle, is_lazy=is_lazy)
+            layout = attempt.gather(tensors, state, rank_state, allow_pickle=allow_pickle, is_lazy=is_lazy, stored=stored)
             pending.take(self._started(), layout, self._num_fences, self.last, head_start_s)
         except Exception as error:  # the other ranks wait for this one: they are told, and this one raises
             refused = error
@@ -173,13 +180,17 @@ class Checkpointer:
             try:
                 former = attempt.run(gathered, lambda file, _: pending.write(file))
             except BaseException as error:
+                self._came_true(attempt.path, pending)
                 pending.end(error)
             else:
+                self._came_true(attempt.path, pending)
                 pending.end(None)
                 if former is not None:
                     remove_tree(former)
                 self._not_removed += self._retention.published(attempt.path)
 
+        if refused is None:
+            self._expected[str(attempt.path)] = True, pending
         self._hand_over(run)
         if refused is not None:
             raise refused
@@ -222,11 +233,30 @@ class Checkpointer:
         target, successor = Path(os.path.abspath(path)), self.last
 
         def run() -> None:
-            check_place(target, self._folders)
+            self._came_true(target, run)
+            if os.path.lexists(target):  # what isn't there needs no removing, whoever it would belong to
+                check_place(target, self._folders)
             failed = None if successor is None or successor.error is None else successor.path
             self._not_removed += self._retention.remove(target, failed)
 
+        self._expected[str(target)] = False, run
         self._hand_over(run)
+
+    def adopt(self, folder: str | os.PathLike[str]) -> None:
+        """Let checkpoints in a folder be removed though this process has saved none there."""
+        self._folders.add(Path(folder).resolve())
+
+    def will_stand_at(self, path: str | os.PathLike[str]) -> bool | None:
+        """Tell whether a checkpoint will stand at ``path`` when all that was begun has come to its end, if all goes well.
+
+        ``None``: nothing that is under way changes it.
+        """
+        expected = self._expected.get(os.path.abspath(path))
+        return None if expected is None else expected[0]
+
+    def _came_true(self, path: Path, what: object) -> None:
+        if self._expected.get(str(path), (False, None))[1] is what:
+            del self._expected[str(path)]
 
     def keep_what_replaced(self, path: str | os.PathLike[str]) -> None:
         """Keep what stayed because the save as ``path`` failed, also when ``path`` is removed later."""
@@ -240,6 +270,14 @@ class Checkpointer:
         """
         self._drain()
         self._tell_errors()
+
+    def wait_for(self, path: str | os.PathLike[str]) -> None:
+        """Return when no save to ``path``, or to what a link there leads to, is under way any more; without an error."""
+        wanted = {os.path.abspath(path), os.path.realpath(path)}
+        for pending in list(self._open):
+            if str(pending.path) in wanted and not pending.done():
+                self.fence()
+                pending.wait()
 
     def finish_within(self, timeout_s: float) -> None:
         """Give saves that have been copied some time to come to their end; from any thread, and without an error."""
@@ -320,6 +358,13 @@ class Checkpointer:
             if self.on_error == "raise":
                 raise _telling(pending)
             warnings.warn(f"a checkpoint was not saved, training goes on: {pending.error}", stacklevel=3)
+
+
+def wait_for(path: str | os.PathLike[str]) -> bool:
+    """Wait for saves of this process to ``path`` that are under way. Returns whether a checkpoint stands there then."""
+    for checkpointer in list(_LIVING):
+        checkpointer.wait_for(path)
+    return is_checkpoint(path)
 
 
 def _telling(pending: PendingSave) -> BaseException:

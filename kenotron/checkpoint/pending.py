@@ -56,6 +56,10 @@ class PendingSave:
         """Tell whether it has come to its end, good or bad."""
         return self._ended.is_set()
 
+    def wait(self) -> None:
+        """Return when it has come to its end."""
+        self._ended.wait()
+
     def take(
         self, engine: Engine, layout: ShardLayout, num_fences: int, before: PendingSave | None, head_start_s: float
     ) -> None:
@@ -123,6 +127,8 @@ class PendingSave:
         assert snapshot is not None
         if self._same is None:
             snapshot.attach(str(file))
+        else:  # the worker is done with it; where it failed before all was copied, there is nothing to compare with
+            _check_saved(self._same)
         snapshot.wait_staged()
         self.settle()
         if self._changed:
@@ -160,10 +166,14 @@ class PendingSave:
         self._ended.set()
 
 
-def _link(before: PendingSave, file: Path) -> tuple[Checksums, str]:
+def _check_saved(before: PendingSave) -> tuple[Path, Checksums, str]:
     if before._written is None or before.error is not None:
         raise SaveFailedError(f"it holds the same as {before.path}, which was not saved: {before.error}")
-    shard, sums, origin = before._written
+    return before._written
+
+
+def _link(before: PendingSave, file: Path) -> tuple[Checksums, str]:
+    shard, sums, origin = _check_saved(before)
     try:
         os.link(shard, file)
     except OSError as error:

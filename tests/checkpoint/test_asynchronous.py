@@ -230,12 +230,15 @@ def test_after_a_fence_nothing_is_linked_whatever_torch_knows_of_changes(make: A
 def test_what_would_be_linked_to_a_save_that_failed_fails_as_well(make: Any, tmp_path: Path) -> None:
     checkpointer = make(on_error="warn")
     (tmp_path / "file").write_text("")
-    tensors = {"w": torch.ones(3)}
+    tensors, go_on = {"w": torch.ones(3)}, threading.Event()
+    checkpointer._hand_over(go_on.wait)  # the first has not failed yet when the second begins
     begin(checkpointer, tmp_path / "file" / "a", tensors)
-    begin(checkpointer, tmp_path / "b", tensors)
+    second = begin(checkpointer, tmp_path / "b", tensors)
+    second._snapshot.cancel()  # as where the first fails before it was copied
+    go_on.set()
     with pytest.warns(UserWarning, match="holds the same as .*which was not saved"):
         checkpointer.wait()
-    begin(checkpointer, tmp_path / "c", {"w": torch.zeros(3)})
+    begin(checkpointer, tmp_path / "c", tensors)  # nothing is linked to what is known to have failed
     checkpointer.wait()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "file"]
 

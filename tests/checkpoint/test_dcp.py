@@ -69,7 +69,7 @@ def test_a_state_dict_comes_back_in_one_process(asynchronous: bool, tmp_path: Pa
     else:
         dcp.save(saved, storage_writer=writer, no_dist=True)
     assert sorted(child.name for child in tmp_path.iterdir()) == ["a"]
-    assert sorted(child.name for child in path.iterdir()) == ["manifest.json", "shard-00001-of-00001.safetensors"]
+    assert sorted(child.name for child in path.iterdir()) == ["README.txt", "manifest.json", "shard-00001-of-00001.safetensors"]
     loaded = zeroed(saved)
     dcp.load(loaded, storage_reader=KenotronStorageReader(path), no_dist=True)
     assert equal(loaded, saved)

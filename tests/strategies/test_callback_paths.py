@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -80,3 +82,31 @@ def test_what_a_file_says_of_other_files_is_not_believed(tmp_path: Path) -> None
         state: dict[str, Any] = {"best_k_models": {f"{own}/a": 1.0, path: 9.0}, "kth_value": 9.0, "last_model_path": path}
         assert forget_foreign_paths({"keep": state}, [own]) == [str(path)]
         assert state == {"best_k_models": {f"{own}/a": 1.0}, "kth_best_model_path": "", "last_model_path": ""}
+
+
+def test_names_are_taken_when_a_save_begins(tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    class Hold(L.Callback):
+        def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            trainer.strategy.checkpointer._hand_over(go_on.wait)  # nothing is published while there are steps
+
+        def on_train_end(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+            go_on.set()
+
+        def on_exception(self, *args: Any) -> None:
+            go_on.set()
+
+    class Scored(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            self.log("score", float(batch_idx))
+            return super().training_step(batch, batch_idx)
+
+    keep = ModelCheckpoint(tmp_path, "model", monitor="score", mode="max", save_top_k=2, every_n_train_steps=1)
+    trainer = make_trainer({}, [keep, Hold()], max_epochs=1)
+    trainer.fit(Scored(), *loaders(trainer, Task(Scored, {}, rows=32)))
+    assert sorted(os.listdir(tmp_path)) == ["model-v1.ckpt", "model.ckpt"]
+    steps = {name: torch.load(tmp_path / name)["global_step"] for name in os.listdir(tmp_path)}
+    assert sorted(steps.values()) == [3, 4]
+    assert {Path(path).name: int(score) + 1 for path, score in keep.best_k_models.items()} == steps
+    copy.deepcopy(keep)

@@ -6,7 +6,9 @@ import importlib
 import inspect
 
 import pytest
+import torch
 
+from kenotron import _autoload
 from kenotron.strategies import _lightning
 
 PACKAGES = sorted(_lightning.FABRIC)
@@ -54,3 +56,20 @@ def test_loaders_of_the_validation_that_runs_can_be_told_from_those_of_an_earlie
         loop._combined_loader = importlib.import_module(f"{package}.utilities.combined_loader").CombinedLoader([fn])
         trainer.state.fn = fn
         assert _lightning.validation_loaders(trainer) == [fn]
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_model_checkpoint_asks_a_file_system_that_can_be_replaced(package: str) -> None:
+    kind = importlib.import_module(f"{package}.callbacks").ModelCheckpoint
+    assert "self._fs.exists(filepath)" in inspect.getsource(kind.file_exists)
+    assert "self._fs = " in inspect.getsource(kind.setup)
+
+
+@pytest.mark.parametrize("cloud_io", _autoload.LOADERS)
+def test_all_loading_goes_through_one_function_that_opens_directories(cloud_io: str) -> None:
+    load = importlib.import_module(cloud_io)._load
+    assert list(inspect.signature(load).parameters) == ["path_or_url", "map_location", "weights_only"]
+    package = "lightning.pytorch" if cloud_io.startswith("lightning.") else "pytorch_lightning"
+    assert importlib.import_module(f"{package}.core.saving").pl_load is load
+    assert importlib.import_module(cloud_io.replace("utilities.cloud_io", "plugins.io.torch_io")).pl_load is load
+    assert hasattr(load, "_kenotron_original") and hasattr(torch.load, "_kenotron_original")
