@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,6 +21,7 @@ from kenotron.strategies.guard import StepGuard
 from kenotron.strategies.hooks import HookRelay
 from kenotron.strategies.kept import Beliefs
 from kenotron.strategies.loss import TokenCount
+from kenotron.strategies.restoring import Waiting
 from kenotron.strategies.settings import CheckpointSettings
 from kenotron.strategies.state import CheckpointState
 from kenotron.strategies.steps import PipelineSteps
@@ -65,6 +67,8 @@ class StrategyBase(_LightningStrategy):
     _run_id: str
     _num_saves: int
     _beliefs: Beliefs
+    _restores_late: bool | None
+    _waiting: Waiting | None
 
     @property
     def _user_module(self) -> Any:
@@ -119,11 +123,20 @@ class StrategyBase(_LightningStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        return True
+        """Whether weights can't be loaded before set-up: they go straight into what this rank holds then.
+
+        Where each rank has plain, whole weights already, hooks run in the order that they have in one process.
+        """
+        if self._restores_late is None:  # from ``configure_model`` on, until the trainer is called again
+            module = self._user_module
+            is_made = not any(tensor.is_meta for tensor in itertools.chain(module.parameters(), module.buffers()))
+            keeps_dtype = type(self.precision_plugin).convert_module is self.names.Precision.convert_module
+            self._restores_late = not (self.layout.keeps_whole_parameters and is_made and keeps_dtype)
+        return self._restores_late
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        return False
+        return not self.restore_checkpoint_after_setup
 
     def set_world_ranks(self) -> None:
         if self.cluster_environment is not None and self.parallel_devices:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from kenotron import checkpoint as checkpoints
-from kenotron.checkpoint import Checkpointer, PendingSave
+from kenotron.checkpoint import Checkpointer, Manifest, PendingSave
 from kenotron.files import is_url
 from kenotron.strategies.settings import CheckpointSettings
 from kenotron.strategies.state import CheckpointState
@@ -39,7 +39,9 @@ def check_path(path: Any) -> None:
 
 
 def check_writable(folders: Iterable[Path], exchange: Callable[[Any], list[Any]], *, leads: bool) -> None:
-    """Make the folders of checkpoints and write into each, so that what can't be saved is told before anything is trained.
+    """Write into each folder of checkpoints, so that what can't be saved is told before anything is trained.
+
+    Of one that is not there yet into the nearest that is: a run that saves nothing leaves none behind.
 
     Args:
         exchange: what a rank passes -> what each passes; all ranks call it. leads: whether this rank looks.
@@ -50,8 +52,8 @@ def check_writable(folders: Iterable[Path], exchange: Callable[[Any], list[Any]]
     problem = None
     for folder in folders if leads else ():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
+            there = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+            with tempfile.TemporaryFile(dir=there):
                 pass
         except OSError as error:
             problem = (
@@ -159,12 +161,21 @@ def load_training(
         checkpoint["optimizer_states"] = []
     elif checkpoint.get("optimizer_states"):
         lacks = "its optimizer state, which another strategy saved"
-    rank_state = None
-    if saved.get("layout") == state.layout_sizes():
-        rank_state = checkpoints.load_rank_state(manifest, rank, allow_pickle=allow_pickle)
-    else:
-        lacks += f"{' and ' if lacks else ''}the states of its random generators, which belong to another layout"
-    return Restored(checkpoint, rank_state, lacks)
+    lost, rank_state = rank_state_of(manifest, saved, state, rank, allow_pickle=allow_pickle)
+    return Restored(checkpoint, rank_state, " and ".join(filter(None, (lacks, lost))))
+
+
+def rank_state_of(
+    manifest: Manifest, saved: Mapping[str, Any], state: CheckpointState, rank: int, *, allow_pickle: bool
+) -> tuple[str, dict[str, Any] | None]:
+    """Return what is lost of the ranks' own states, if anything, and this rank's as it was saved.
+
+    Args:
+        saved: the checkpoint's shared state. state: of the layout that loads it.
+    """
+    if saved.get("layout") != state.layout_sizes():
+        return "the states of its random generators, which belong to another layout", None
+    return "", checkpoints.load_rank_state(manifest, rank, allow_pickle=allow_pickle)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

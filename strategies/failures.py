@@ -171,7 +171,7 @@ def tell_in_a_line(error: BaseException, rank: int, failure: str) -> None:
 
 _NOT_PICKLED = (
     "_mesh", "_dp_group", "_host_pp_group", "_monitor", "_last_monitor", "_announcements", "_done", "_steps", "_state",
-    "_tokens", "_streams", "_held_checkpointer", "_nodes", "_updates", "_hooks", "_peers",
+    "_tokens", "_streams", "_held_checkpointer", "_nodes", "_updates", "_hooks", "_peers", "_waiting",
 )  # fmt: skip
 
 

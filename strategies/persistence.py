@@ -24,10 +24,12 @@ from kenotron.strategies.checkpointing import (
     check_path,
     load_training,
     random_state,
+    rank_state_of,
     save_training,
     set_random_state,
 )
 from kenotron.strategies.fences import fence_what_follows
+from kenotron.strategies.restoring import load_whole, named_as_in
 
 _GUARDS = "kenotron_guards"  # of skipped steps, in Lightning's dictionary
 
@@ -196,11 +198,20 @@ class Persistence(StrategyBase):
             checkpoint_path = self.broadcast(checkpoint_path)
         if self._uses_foreign_io or not checkpoints.is_checkpoint(checkpoint_path):
             loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
-            if loaded.get("optimizer_states") and self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING:
+            self._waiting = None
+            if (
+                self.restore_checkpoint_after_setup
+                and loaded.get("optimizer_states")
+                and self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING
+            ):
                 assert self._state is not None
                 self._state.load_whole_optimizers(loaded["optimizer_states"])
             self._forget_foreign_paths(loaded, checkpoint_path)
             return loaded
+        if not self.restore_checkpoint_after_setup:
+            whole, self._waiting = load_whole(checkpoint_path, allow_pickle=self._checkpoint_settings.allow_pickle)
+            self._forget_foreign_paths(whole, checkpoint_path)
+            return whole
         if self._state is None:
             raise RuntimeError(
                 f"{checkpoint_path} is loaded into the sharded module, which is not there yet. Pass it as ckpt_path to fit, "
@@ -215,16 +226,24 @@ class Persistence(StrategyBase):
             rank=self.global_rank,
             allow_pickle=self._checkpoint_settings.allow_pickle,
         )
-        if restored.lacks and module.trainer.state.fn == self.names.TrainerFn.FITTING and self.is_global_zero:
-            _lightning.warn(self.names, f"{checkpoint_path} is restored without {restored.lacks}.")
-        if restored.rank_state is not None and module.trainer.state.fn == self.names.TrainerFn.FITTING:
-            set_random_state(restored.rank_state["random"], self.root_device)
-            if self._streams is not None and restored.rank_state["streams"] is not None:
-                self._streams.load_state_dict(restored.rank_state["streams"])
-        for guard, state in zip(self._guards.values(), restored.checkpoint.pop(_GUARDS, ()), strict=False):
-            guard.load_state_dict(state)
+        if module.trainer.state.fn == self.names.TrainerFn.FITTING:
+            self._restore_rank(checkpoint_path, restored.lacks, restored.rank_state)
+        self._restore_guards(restored.checkpoint)
         self._forget_foreign_paths(restored.checkpoint, checkpoint_path)
         return restored.checkpoint
+
+    def _restore_rank(self, path: Any, lacks: str, rank_state: dict[str, Any] | None) -> None:
+        """Put back the random generators of this rank, where the layout is the one that saved them, and tell what is lost."""
+        if lacks and self.is_global_zero:
+            _lightning.warn(self.names, f"{path} is restored without {lacks}.")
+        if rank_state is not None:
+            set_random_state(rank_state["random"], self.root_device)
+            if self._streams is not None and rank_state["streams"] is not None:
+                self._streams.load_state_dict(rank_state["streams"])
+
+    def _restore_guards(self, checkpoint: dict[str, Any]) -> None:
+        for guard, state in zip(self._guards.values(), checkpoint.pop(_GUARDS, ()), strict=False):
+            guard.load_state_dict(state)
 
     def _forget_foreign_paths(self, checkpoint: Mapping[str, Any], path: Any) -> None:
         """Do not believe what a file says of other files: retention would remove them."""
@@ -239,13 +258,32 @@ class Persistence(StrategyBase):
             )
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load a whole state dict, as another strategy saved it; a sharded checkpoint is in place already."""
-        if not checkpoint.get(LOADED_IN_PLACE):
-            assert self._state is not None
-            self._state.load_whole(checkpoint["state_dict"], strict)
+        """Load a whole state dict; a sharded checkpoint that was loaded after set-up is in place already."""
+        if checkpoint.get(LOADED_IN_PLACE):
+            return
+        if not self.restore_checkpoint_after_setup:
+            module = self._user_module
+            module.load_state_dict(named_as_in(module, checkpoint["state_dict"]), strict=strict)
+            return
+        assert self._state is not None
+        self._state.load_whole(checkpoint["state_dict"], strict)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing: they are loaded with the checkpoint."""
+        """Load what waited for set-up. A checkpoint that was loaded after it is loaded as a whole."""
+        if self.restore_checkpoint_after_setup:
+            return
+        assert self._state is not None
+        waiting, self._waiting = self._waiting, None
+        if waiting is None:
+            self._state.load_whole_optimizers(checkpoint["optimizer_states"])
+            return
+        waiting.load_optimizers(self._state)
+        allow_pickle = self._checkpoint_settings.allow_pickle
+        lacks, rank_state = rank_state_of(
+            waiting.manifest, waiting.saved, self._state, self.global_rank, allow_pickle=allow_pickle
+        )
+        self._restore_rank(waiting.manifest.path, " and ".join(filter(None, (waiting.lacks, lacks))), rank_state)
+        self._restore_guards(waiting.saved["lightning"])
 
     def _streams_state(self) -> Any:
         return None if self._streams is None else self._streams.state_dict()
