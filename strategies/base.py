@@ -76,6 +76,15 @@ class StrategyBase(_LightningStrategy):
         return self.lightning_module
 
     @property
+    def _trainer(self) -> Any:
+        """The module's trainer; ``None`` where the module has not been given to one."""
+        return getattr(self._lightning_module, "_trainer", None)
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self._trainer is not None and self._trainer.state.fn == self.names.TrainerFn.FITTING
+
+    @property
     def cluster_environment(self) -> Any:
         """Who started the processes, and who this one is."""
         return self._cluster_environment
@@ -128,7 +137,9 @@ class StrategyBase(_LightningStrategy):
         Where each rank has plain, whole weights already, hooks run in the order that they have in one process.
         """
         if self._restores_late is None:  # from ``configure_model`` on, until the trainer is called again
-            module = self._user_module
+            module = self._lightning_module
+            if module is None:  # somebody looks into a checkpoint without having it restored
+                return False
             is_made = not any(tensor.is_meta for tensor in itertools.chain(module.parameters(), module.buffers()))
             keeps_dtype = type(self.precision_plugin).convert_module is self.names.Precision.convert_module
             self._restores_late = not (self.layout.keeps_whole_parameters and is_made and keeps_dtype)
@@ -138,8 +149,29 @@ class StrategyBase(_LightningStrategy):
     def lightning_restore_optimizer(self) -> bool:
         return not self.restore_checkpoint_after_setup
 
+    @property
+    def _is_alone(self) -> bool:
+        """Whether there is one process, as soon as that is known: nothing is asked of the environment that started it."""
+        return bool(self.parallel_devices) and self.num_processes * self.num_nodes == 1
+
+    @property
+    def global_rank(self) -> int:
+        return 0 if self._is_alone else int(super().global_rank)
+
+    @property
+    def local_rank(self) -> int:
+        return 0 if self._is_alone else int(super().local_rank)
+
+    @property
+    def node_rank(self) -> int:
+        return 0 if self._is_alone else int(super().node_rank)
+
+    @property
+    def world_size(self) -> int:
+        return 1 if self._is_alone else int(super().world_size)
+
     def set_world_ranks(self) -> None:
-        if self.cluster_environment is not None and self.parallel_devices:
+        if self.cluster_environment is not None and self.parallel_devices and not self._is_alone:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         _lightning.set_rank(self.names, self.global_rank)
@@ -158,9 +190,7 @@ class StrategyBase(_LightningStrategy):
 
     @property
     def _is_failing(self) -> bool:
-        module = self._lightning_module
-        trainer = getattr(module, "_trainer", None) if module is not None else None
-        return trainer is not None and trainer.state.status == "interrupted"
+        return self._trainer is not None and self._trainer.state.status == "interrupted"
 
     def _ended_ranks(self) -> set[int]:
         """Return the ranks whose processes are gone, as far as this one knows."""

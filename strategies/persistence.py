@@ -199,11 +199,7 @@ class Persistence(StrategyBase):
         if self._uses_foreign_io or not checkpoints.is_checkpoint(checkpoint_path):
             loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
             self._waiting = None
-            if (
-                self.restore_checkpoint_after_setup
-                and loaded.get("optimizer_states")
-                and self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING
-            ):
+            if self.restore_checkpoint_after_setup and loaded.get("optimizer_states") and self._is_fitting:
                 assert self._state is not None
                 self._state.load_whole_optimizers(loaded["optimizer_states"])
             self._forget_foreign_paths(loaded, checkpoint_path)
@@ -222,11 +218,11 @@ class Persistence(StrategyBase):
             checkpoint_path,
             self._state,
             strict=module.strict_loading,
-            with_optimizers=module.trainer.state.fn == self.names.TrainerFn.FITTING,
+            with_optimizers=self._is_fitting,
             rank=self.global_rank,
             allow_pickle=self._checkpoint_settings.allow_pickle,
         )
-        if module.trainer.state.fn == self.names.TrainerFn.FITTING:
+        if self._is_fitting:
             self._restore_rank(checkpoint_path, restored.lacks, restored.rank_state)
         self._restore_guards(restored.checkpoint)
         self._forget_foreign_paths(restored.checkpoint, checkpoint_path)
@@ -247,7 +243,7 @@ class Persistence(StrategyBase):
 
     def _forget_foreign_paths(self, checkpoint: Mapping[str, Any], path: Any) -> None:
         """Do not believe what a file says of other files: retention would remove them."""
-        callbacks = self._user_module.trainer.checkpoint_callbacks
+        callbacks = () if self._trainer is None else self._trainer.checkpoint_callbacks
         folders = [folder for callback in callbacks if (folder := getattr(callback, "dirpath", None))]
         foreign = forget_foreign_paths(checkpoint.get("callbacks") or {}, [*folders, os.path.dirname(os.path.abspath(path))])
         if foreign:
@@ -275,7 +271,10 @@ class Persistence(StrategyBase):
         assert self._state is not None
         waiting, self._waiting = self._waiting, None
         if waiting is None:
-            self._state.load_whole_optimizers(checkpoint["optimizer_states"])
+            if checkpoint["optimizer_states"]:
+                self._state.load_whole_optimizers(checkpoint["optimizer_states"])
+            else:
+                _lightning.warn(self.names, "The checkpoint has no state of optimizers: they begin anew.")
             return
         waiting.load_optimizers(self._state)
         allow_pickle = self._checkpoint_settings.allow_pickle
