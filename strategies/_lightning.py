@@ -38,6 +38,7 @@ class Names:
         self.SubprocessScriptLauncher: Any = load(
             f"{package}.strategies.launchers.subprocess_script", "_SubprocessScriptLauncher"
         )
+        self.MultiProcessingLauncher: Any = load(f"{package}.strategies.launchers.multiprocessing", "_MultiProcessingLauncher")
         self.is_overridden: Callable[[str, Any], bool] = load(f"{package}.utilities.model_helpers", "is_overridden")
         self.init_dist_connection: Any = load(f"{fabric}.utilities.distributed", "_init_dist_connection")
         self.backend_for_device: Any = load(f"{fabric}.utilities.distributed", "_get_default_process_group_backend_for_device")

@@ -20,9 +20,10 @@ from kenotron.strategies.environments import find_mpi
 from kenotron.strategies.guard import StepGuard
 from kenotron.strategies.hooks import HookRelay
 from kenotron.strategies.kept import Beliefs
+from kenotron.strategies.launching import launcher_class
 from kenotron.strategies.loss import TokenCount
 from kenotron.strategies.restoring import Waiting
-from kenotron.strategies.settings import CheckpointSettings
+from kenotron.strategies.settings import CheckpointSettings, ProcessGroupSettings
 from kenotron.strategies.state import CheckpointState
 from kenotron.strategies.steps import PipelineSteps
 
@@ -68,6 +69,7 @@ class StrategyBase(_LightningStrategy):
     _num_saves: int
     _beliefs: Beliefs
     _restores_late: bool | None
+    _group_settings: ProcessGroupSettings
     _waiting: Waiting | None
 
     @property
@@ -180,6 +182,10 @@ class StrategyBase(_LightningStrategy):
         if self.num_processes * self.num_nodes == 1:
             if self.cluster_environment is not None and self.cluster_environment.creates_processes_externally:
                 self.cluster_environment.validate_settings(num_devices=1, num_nodes=1)
+            return
+        method = self._group_settings.start_method
+        if method != "popen" and not self.cluster_environment.creates_processes_externally:
+            self._launcher = launcher_class(self.names.package)(self, start_method=method)
             return
         # Also where processes exist already (torchrun, SLURM): it checks that their number is devices × num_nodes.
         self._launcher = self.names.SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
