@@ -33,7 +33,8 @@ class AsyncCheckpointIO(CheckpointIO):
         engine: memory, threads and bandwidth that writing may use.
         on_error: what a save that failed in the background does: ``"raise"`` at the next save or at the end of ``fit``, or
             ``"warn"`` and train on. The last published checkpoint is there in any case.
-        allow_pickle: also keep values that only pickle can hold, apart and marked. Loading them runs code from the file.
+        allow_pickle: keep values that only pickle can hold, apart and marked; what can't be pickled is left out with a warning.
+            False refuses both. Only ``weights_only=False`` loads them.
         timeout_s: how long one save may take.
     """
 
@@ -42,7 +43,7 @@ class AsyncCheckpointIO(CheckpointIO):
         engine: EngineSettings | None = None,
         *,
         on_error: Literal["raise", "warn"] = "raise",
-        allow_pickle: bool = False,
+        allow_pickle: bool = True,
         timeout_s: float = 1800.0,
     ) -> None:
         twin = sys.modules.get("lightning_fabric.plugins.io")
@@ -88,25 +89,17 @@ class AsyncCheckpointIO(CheckpointIO):
             self.checkpointer.wait()
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Return a whole checkpoint, its tensors on the CPU; of this format, or a file of Lightning's.
+        """Return a whole checkpoint; of this format, saved by any strategy, or a file of Lightning's.
 
         Raises:
-            CheckpointError: it is damaged or none, or something in it is a pickle and ``allow_pickle`` is False.
+            CheckpointError: it is damaged or none.
         """
         self.checkpointer.wait()
         if not checkpoints.is_checkpoint(path):
             checkpoints.check_torch_file(path)
             loaded: dict[str, Any] = TorchCheckpointIO().load_checkpoint(path, map_location, weights_only)
             return loaded
-        manifest = checkpoints.read_manifest(path)
-        saved = checkpoints.load_state(manifest, allow_pickle=self._allow_pickle)
-        if saved.get("optimizers") is not None:
-            raise ValueError(
-                f"{path} holds the sharded optimizer state of KenotronStrategy, which only that strategy reads. Train on with "
-                f"strategy='kenotron', or take the weights alone: kenotron.load_state_dict({str(path)!r})."
-            )
-        state_dict: dict[str, Any] = {**checkpoints.load_state_dict(manifest, _MODEL), **saved.get("extra_state", {})}
-        return {**saved.get("lightning", saved), "state_dict": state_dict}
+        return checkpoints.open_checkpoint(path, map_location, weights_only)
 
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a checkpoint, once all that was begun before is published; never the last published one."""

@@ -2,14 +2,18 @@
 
 torch calls the entry points of the group ``torch.backends`` at the end of its own import (switched off by
 ``TORCH_DEVICE_BACKEND_AUTOLOAD=0``). Ours puts an import hook in place that registers lazy factories as soon as Lightning's
-strategies are imported. It imports nothing heavy and never raises: torch would report that as a broken backend.
+strategies are imported, and lets ``torch.load`` and Lightning's loading function open Kénotron's checkpoints, which are
+directories. It imports nothing heavy and never raises: torch would report that as a broken backend.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.abc
 import importlib.util
+import inspect
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib.machinery import ModuleSpec
@@ -32,6 +36,10 @@ NAMES: dict[str, dict[str, Any]] = {
 }
 
 
+#: Where Lightning's packages define the function that all of their loading goes through.
+LOADERS = ("lightning.fabric.utilities.cloud_io", "lightning_fabric.utilities.cloud_io")
+
+
 def autoload() -> None:
     """Register the strategies now, where Lightning is imported already, or as soon as it is."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
@@ -40,6 +48,52 @@ def autoload() -> None:
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "StrategyRegistry"):
             register(module, package)
+    for name in LOADERS:
+        module = sys.modules.get(name)
+        if module is not None and hasattr(module, "_load"):
+            open_directories(module)
+
+
+def open_directories(cloud_io: ModuleType) -> None:
+    """Let Lightning's loading function, and ``torch.load``, open checkpoints that are directories."""
+    torch = sys.modules["torch"]
+    if not hasattr(torch.load, "_kenotron_original"):
+        torch.load = _opening(torch.load)  # type: ignore[attr-defined]
+    original = cloud_io._load
+    if hasattr(original, "_kenotron_original"):
+        return
+    replaced = _opening(original)
+    package = cloud_io.__name__.partition(".")[0]
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] in (package, package.replace("_fabric", "")) or name.startswith("pytorch_lightning."):
+            for key in ("_load", "pl_load"):  # the names under which others have imported it already
+                if vars(module).get(key) is original:
+                    setattr(module, key, replaced)
+
+
+def _opening(load: Callable[..., Any]) -> Callable[..., Any]:
+    """Return ``load``, but for paths at which a checkpoint of Kénotron stands, or is about to."""
+
+    signature = inspect.signature(load)
+
+    @functools.wraps(load)
+    def opens(*args: Any, **kwargs: Any) -> Any:
+        path = args[0] if args else kwargs.get("f", kwargs.get("path_or_url"))
+        if not isinstance(path, (str, os.PathLike)) or not _is_ours(path):
+            return load(*args, **kwargs)
+        given = signature.bind(*args, **kwargs).arguments
+        open_checkpoint = importlib.import_module("kenotron.checkpoint").open_checkpoint
+        return open_checkpoint(path, given.get("map_location"), given.get("weights_only"))
+
+    opens._kenotron_original = load  # type: ignore[attr-defined]
+    return opens
+
+
+def _is_ours(path: Any) -> bool:
+    saving = sys.modules.get("kenotron.checkpoint.asynchronous")
+    if saving is not None:  # it may be writing what is to be opened
+        return bool(saving.wait_for(path))
+    return os.path.isdir(path) and bool(importlib.import_module("kenotron.checkpoint").is_checkpoint(path))
 
 
 def register(strategies: ModuleType, package: str) -> None:
@@ -68,7 +122,7 @@ class _Finder(importlib.abc.MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname not in PACKAGES or fullname in self._busy:
+        if (fullname not in PACKAGES and fullname not in LOADERS) or fullname in self._busy:
             return None
         self._busy.add(fullname)
         try:
@@ -81,7 +135,10 @@ class _Finder(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            register(module, PACKAGES[fullname])
+            if fullname in PACKAGES:
+                register(module, PACKAGES[fullname])
+            else:
+                open_directories(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

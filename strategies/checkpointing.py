@@ -105,6 +105,8 @@ def save_training(
         "extra_state": {name: value for name, value in module_state.items() if not isinstance(value, Tensor)},
         "optimizers": state.optimizer_groups() if with_optimizers else None,
         "optimizer_kinds": state.optimizer_kinds() if with_optimizers else None,
+        "optimizer_parameters": state.optimizer_parameters() if with_optimizers else None,
+        "names": list(module_state),
         "layout": state.layout_sizes(),
         "models": state.models(tokenizer),
     }
@@ -117,6 +119,8 @@ def save_training(
         save_id=save_id,
         rank_state=rank_state,
         allow_pickle=settings.allow_pickle,
+        is_lazy=is_lazy,
+        stored=state.stored(),
         timeout_s=settings.timeout_s,
         aliases=state.aliases(),
         nodes=nodes,
@@ -133,11 +137,13 @@ class Restored:
         checkpoint: Lightning's dictionary without tensors.
         rank_state: this rank's, if the layout was the same.
         lacks: what the checkpoint holds, or this layout needs, and could not be restored; empty if all was.
+        left_out: where pickles are that were not opened.
     """
 
     checkpoint: dict[str, Any]
     rank_state: dict[str, Any] | None
     lacks: str
+    left_out: list[str]
 
 
 def load_training(
@@ -149,9 +155,13 @@ def load_training(
     rank: int,
     allow_pickle: bool,
 ) -> Restored:
-    """Load this rank's parts of module and optimizers in place, from a checkpoint of any layout."""
-    manifest = checkpoints.read_manifest(path)
-    saved = checkpoints.load_state(manifest, allow_pickle=allow_pickle)
+    """Load this rank's parts of module and optimizers in place, from a checkpoint of any layout.
+
+    Args:
+        allow_pickle: also load what only pickle can hold, which can run code.
+    """
+    manifest, left_out = checkpoints.read_manifest(path), list[str]()
+    saved = checkpoints.load_state(manifest, allow_pickle=allow_pickle, left_out=left_out)
     state.load_model(manifest, strict, saved["extra_state"])
     if with_optimizers and saved["optimizers"] is not None:
         state.load_optimizers(manifest, saved["optimizers"], saved.get("optimizer_kinds"))
@@ -161,21 +171,28 @@ def load_training(
         checkpoint["optimizer_states"] = []
     elif checkpoint.get("optimizer_states"):
         lacks = "its optimizer state, which another strategy saved"
-    lost, rank_state = rank_state_of(manifest, saved, state, rank, allow_pickle=allow_pickle)
-    return Restored(checkpoint, rank_state, " and ".join(filter(None, (lacks, lost))))
+    lost, rank_state = rank_state_of(manifest, saved, state, rank, allow_pickle=allow_pickle, left_out=left_out)
+    return Restored(checkpoint, rank_state, " and ".join(filter(None, (lacks, lost))), left_out)
 
 
 def rank_state_of(
-    manifest: Manifest, saved: Mapping[str, Any], state: CheckpointState, rank: int, *, allow_pickle: bool
+    manifest: Manifest,
+    saved: Mapping[str, Any],
+    state: CheckpointState,
+    rank: int,
+    *,
+    allow_pickle: bool,
+    left_out: list[str],
 ) -> tuple[str, dict[str, Any] | None]:
     """Return what is lost of the ranks' own states, if anything, and this rank's as it was saved.
 
     Args:
         saved: the checkpoint's shared state. state: of the layout that loads it.
+        left_out: where pickles are that were not opened; those of the ranks' states are added.
     """
     if saved.get("layout") != state.layout_sizes():
         return "the states of its random generators, which belong to another layout", None
-    return "", checkpoints.load_rank_state(manifest, rank, allow_pickle=allow_pickle)
+    return "", checkpoints.load_rank_state(manifest, rank, allow_pickle=allow_pickle, left_out=left_out)
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

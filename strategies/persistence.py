@@ -24,7 +24,6 @@ from kenotron.strategies.checkpointing import (
     check_path,
     load_training,
     random_state,
-    rank_state_of,
     save_training,
     set_random_state,
 )
@@ -205,7 +204,8 @@ class Persistence(StrategyBase):
             self._forget_foreign_paths(loaded, checkpoint_path)
             return loaded
         if not self.restore_checkpoint_after_setup:
-            whole, self._waiting = load_whole(checkpoint_path, allow_pickle=self._checkpoint_settings.allow_pickle)
+            whole, self._waiting = load_whole(checkpoint_path, allow_pickle=checkpoints.is_trusted(weights_only))
+            self._tell_left_out(checkpoint_path, self._waiting.left_out)
             self._forget_foreign_paths(whole, checkpoint_path)
             return whole
         if self._state is None:
@@ -220,13 +220,18 @@ class Persistence(StrategyBase):
             strict=module.strict_loading,
             with_optimizers=self._is_fitting,
             rank=self.global_rank,
-            allow_pickle=self._checkpoint_settings.allow_pickle,
+            allow_pickle=checkpoints.is_trusted(weights_only),
         )
+        self._tell_left_out(checkpoint_path, restored.left_out)
         if self._is_fitting:
             self._restore_rank(checkpoint_path, restored.lacks, restored.rank_state)
         self._restore_guards(restored.checkpoint)
         self._forget_foreign_paths(restored.checkpoint, checkpoint_path)
         return restored.checkpoint
+
+    def _tell_left_out(self, path: Any, left_out: list[str]) -> None:
+        if left_out and self.is_global_zero:
+            _lightning.warn(self.names, checkpoints.what_was_left_out(path, left_out))
 
     def _restore_rank(self, path: Any, lacks: str, rank_state: dict[str, Any] | None) -> None:
         """Put back the random generators of this rank, where the layout is the one that saved them, and tell what is lost."""
@@ -277,11 +282,8 @@ class Persistence(StrategyBase):
                 _lightning.warn(self.names, "The checkpoint has no state of optimizers: they begin anew.")
             return
         waiting.load_optimizers(self._state)
-        allow_pickle = self._checkpoint_settings.allow_pickle
-        lacks, rank_state = rank_state_of(
-            waiting.manifest, waiting.saved, self._state, self.global_rank, allow_pickle=allow_pickle
-        )
-        self._restore_rank(waiting.manifest.path, " and ".join(filter(None, (waiting.lacks, lacks))), rank_state)
+        lacks, rank_state = waiting.of_rank(self._state, self.global_rank)
+        self._restore_rank(waiting.manifest.path, lacks, rank_state)
         self._restore_guards(waiting.saved["lightning"])
 
     def _streams_state(self) -> Any:

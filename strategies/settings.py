@@ -51,7 +51,8 @@ class CheckpointSettings:
     """How checkpoints are written.
 
     Args:
-        allow_pickle: also keep values that only pickle can hold, apart and marked. Loading them runs code from the file.
+        allow_pickle: keep values that only pickle can hold (hyper-parameters, states of callbacks), apart and marked; what
+            can't be pickled is left out with a warning. False refuses both. Only ``weights_only=False`` loads them.
         timeout_s: how long the ranks wait for each other while saving.
         exception_timeout_s: the same for a save while an exception is handled, where other ranks may be gone.
         asynchronous: write while training goes on. A checkpoint is then seen when it is complete, some time after the call;
@@ -64,7 +65,7 @@ class CheckpointSettings:
         engine: memory, threads and bandwidth that writing may use.
     """
 
-    allow_pickle: bool = False
+    allow_pickle: bool = True
     timeout_s: float = 1800.0
     exception_timeout_s: float = 5.0
     asynchronous: bool = True

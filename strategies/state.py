@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_map_only
 
-from kenotron.checkpoint import LocalTensor, Manifest, Piece, StoredTensor, load_into
+from kenotron.checkpoint import LocalTensor, Manifest, Piece, StoredTensor, entries, load_into
 from kenotron.hf.record import describe_models
 from kenotron.layout import ParallelLayout
 from kenotron.optim.offload import HostState
@@ -114,6 +115,10 @@ class CheckpointState:
         """The first rank of the last pipeline stage among those that share this one's samples."""
         return self._layout.rank_at(self._done.last_pp_rank, self._where.dp_replicate, self._where.dp_shard, 0, 0)
 
+    def stored(self) -> dict[int, str]:
+        """Return the names under which the parameters of this rank are saved, by ``id``."""
+        return {id(param): _MODEL + name for name, param in self._done.named_parameters().items()}
+
     def aliases(self) -> dict[str, str]:
         """Return the further names of tied weights, as the checkpoint knows them."""
         return {_MODEL + name: _MODEL + first for name, first in self._done.aliases.items()}
@@ -175,21 +180,21 @@ class CheckpointState:
         for index, optimizer in enumerate(self._optimizers):
             for name, param in self._own_parameters(optimizer):
                 for key, value in optimizer.state.get(param, {}).items():
-                    if isinstance(value, Tensor):
-                        yield self._state_tensor(index, name, key, param, value)
-                    elif isinstance(value, bool | int | float):
-                        kind = type(value).__name__
-                        yield self._state_tensor(index, name, f"{key}:{kind}", param, torch.tensor(value, dtype=_NUMBERS[kind]))
-                    elif value is not None:
-                        raise ValueError(
-                            f"{type(optimizer).__name__} keeps a {type(value).__name__} in its state ({key!r}), which a "
-                            "checkpoint can't hold. Use an optimizer whose state is made of tensors and numbers."
-                        )
+                    for entry, tensor in entries.flatten(key, value):
+                        yield self._state_tensor(index, name, entry, param, tensor)
 
     def optimizer_groups(self) -> list[list[dict[str, Any]]]:
         """Return the hyper-parameters of each optimizer's groups."""
         return [
             [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+            for optimizer in self._optimizers
+        ]
+
+    def optimizer_parameters(self) -> list[list[list[str]]]:
+        """Return the names of the parameters in each optimizer's groups, in their order."""
+        names = self._done.names()
+        return [
+            [[names.get(id(param), "") for param in group["params"]] for group in optimizer.param_groups]
             for optimizer in self._optimizers
         ]
 
@@ -252,9 +257,9 @@ class CheckpointState:
                 group.update({key: value for key, value in saved_group.items() if key != "params"})
                 for param, number in zip(group["params"], saved_group["params"], strict=True):
                     optimizer.state.pop(param, None)
-                    entries = state["state"].get(number)
-                    if entries and id(param) in own and self._updates_any(index, param):
-                        parts = {key: self._part_of(index, own[id(param)], param, value) for key, value in entries.items()}
+                    kept = state["state"].get(number)
+                    if kept and id(param) in own and self._updates_any(index, param):
+                        parts = {key: self._part_of(index, own[id(param)], param, value) for key, value in kept.items()}
                         optimizer.state[param] = parts
         for offloaded in self._offloaded:
             offloaded.put_away()
@@ -262,7 +267,7 @@ class CheckpointState:
     def _part_of(self, index: int, name: str, param: nn.Parameter, value: Any) -> Any:
         """Return this rank's part of a value that an optimizer keeps for a whole parameter."""
         if not isinstance(value, Tensor):
-            return value
+            return tree_map_only(Tensor, lambda leaf: self._part_of(index, name, param, leaf), value)
         share = self._share_of(index, param)
         if not value.ndim or tuple(value.shape) != self._done.shards.of(name, param).global_shape:
             return value.clone()
@@ -273,25 +278,24 @@ class CheckpointState:
     def _load_state_of(self, index: int, optimizer: Optimizer, manifest: Manifest, keys: Mapping[str, Sequence[str]]) -> None:
         group_of = {id(param): group for group in optimizer.param_groups for param in group["params"]}
         tensors: list[LocalTensor] = []
-        numbers: list[tuple[dict[str, Any], str]] = []
+        loaded: list[tuple[nn.Parameter, dict[str, Tensor]]] = []
         for name, param in self._own_parameters(optimizer):
             optimizer.state.pop(param, None)  # what the checkpoint lacks was not there: replace, not overwrite
             if not self._updates_any(index, param):
                 continue
             group, share = group_of[id(param)], self._share_of(index, param)
-            state: dict[str, Any] = {}
+            shape, state = self._done.shards.of(name, param).global_shape, dict[str, Tensor]()
             for key in keys.get(f"optimizer.{index}/{name}", ()):
                 stored = manifest.tensors[f"optimizer.{index}/{name}/{key}"]
                 counters_on_device = bool(group.get("capturable") or group.get("fused"))
-                state[key] = _empty_state(share, stored, counters_on_device)
+                is_cut = stored.shape == shape and not key.endswith(entries.STRUCTURE)
+                state[key] = _empty_state(share, stored, counters_on_device, is_cut=is_cut)
                 tensors.append(self._state_tensor(index, name, key, param, state[key]))
-                if ":" in key:
-                    numbers.append((state, key))
             if state:
-                optimizer.state[param] = state
+                loaded.append((param, state))
         load_into(manifest, tensors)
-        for state, key in numbers:
-            state[key.partition(":")[0]] = state.pop(key).item()
+        for param, state in loaded:
+            optimizer.state[param] = entries.join(state)
 
     def _rows(self, index: int, param: nn.Parameter) -> Rows | None:
         """Return the rows of a parameter of which this rank has state; ``None``: of all that it holds."""
@@ -310,7 +314,7 @@ class CheckpointState:
 
     def _state_tensor(self, index: int, name: str, key: str, param: nn.Parameter, value: Tensor) -> LocalTensor:
         full_name, rows = f"optimizer.{index}/{name}/{key}", self._rows(index, param)
-        if value.shape == self._share_of(index, param).shape:
+        if value.shape == self._share_of(index, param).shape and not key.endswith(entries.STRUCTURE):
             return self._boxed(full_name, name, value, param, rows, lazy=True)
         owner = self._first_holder(name)
         if rows is not None and self._updates[index].granularity == "parameters":
@@ -401,16 +405,16 @@ def _copy_part(whole: Tensor, part: LocalTensor) -> None:
         target.copy_(source)
 
 
-_NUMBERS = {"bool": torch.bool, "int": torch.int64, "float": torch.float64}
-
-
-def _empty_state(param: Tensor, stored: StoredTensor, counters_on_device: bool) -> Tensor:
+def _empty_state(param: Tensor, stored: StoredTensor, counters_on_device: bool, *, is_cut: bool) -> Tensor:
     """Return the tensor into which one entry of an optimizer's state is loaded.
+
+    Args:
+        is_cut: it has the parameter's shape, and lies here as far as the parameter does.
 
     Step counters live on the host unless the optimizer is fused or capturable.
     """
     if not stored.shape and param.ndim:
         return torch.zeros((), dtype=stored.dtype, device=param.device if counters_on_device else "cpu")
-    if len(stored.shape) == param.ndim:
+    if is_cut:
         return torch.zeros_like(param, dtype=stored.dtype, requires_grad=False)
     return torch.zeros(stored.shape, dtype=stored.dtype, device=param.device)

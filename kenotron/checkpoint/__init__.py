@@ -1,6 +1,6 @@
 """Sharded checkpoints: saved on any layout, published by one rename, checked byte for byte, loaded on any layout."""
 
-from kenotron.checkpoint.asynchronous import Checkpointer, PendingSave
+from kenotron.checkpoint.asynchronous import Checkpointer, PendingSave, wait_for
 from kenotron.checkpoint.claim import FolderClaim
 from kenotron.checkpoint.engine import EngineSettings
 from kenotron.checkpoint.errors import (
@@ -39,6 +39,7 @@ from kenotron.checkpoint.manifest import (
 from kenotron.checkpoint.meeting import remove_leftovers
 from kenotron.checkpoint.merge import merge
 from kenotron.checkpoint.nodes import Nodes, check_sharing, common_path, recover
+from kenotron.checkpoint.opening import is_trusted, open_checkpoint, what_was_left_out
 from kenotron.checkpoint.save import save
 from kenotron.checkpoint.verify import Damage, FileReport, VerifyReport, verify
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
@@ -84,14 +85,18 @@ __all__ = [
     "check_torch_file",
     "common_path",
     "is_checkpoint",
+    "is_trusted",
     "load_into",
     "load_rank_state",
     "load_state",
     "load_state_dict",
     "merge",
+    "open_checkpoint",
     "read_manifest",
     "recover",
     "remove_leftovers",
     "save",
     "verify",
+    "wait_for",
+    "what_was_left_out",
 ]

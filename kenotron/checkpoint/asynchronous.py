@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
 import time
 import warnings
@@ -34,6 +35,7 @@ from kenotron.checkpoint.engine import EngineSettings
 from kenotron.checkpoint.errors import CheckpointError, SaveFailedError
 from kenotron.checkpoint.format import LocalTensor, ShardEntry, ShardLayout
 from kenotron.checkpoint.guard import OptimizerGuard
+from kenotron.checkpoint.manifest import is_checkpoint
 from kenotron.checkpoint.nodes import Nodes
 from kenotron.checkpoint.pending import PendingSave
 from kenotron.checkpoint.removal import check_place
@@ -47,6 +49,8 @@ _EXIT_TIMEOUT_S = 600.0
 _CALLS_OF_ALL_RANKS_S = 0.01
 #: How often a fence that waits lets Python handle signals.
 _SIGNALS_EVERY_S = 0.2
+#: All of this process: whoever opens a path waits for the save that is to publish it.
+_LIVING: weakref.WeakSet[Checkpointer] = weakref.WeakSet()
 
 
 class Checkpointer:
@@ -79,6 +83,7 @@ class Checkpointer:
         self._folders: set[Path] = set()  # that this process has saved to
         self._at_next_fence: list[Callable[[], object]] = []
         atexit.register(_drain_at_exit, weakref.ref(self))
+        _LIVING.add(self)
 
     def guard_optimizers(self) -> OptimizerGuard:
         """Put a fence before each step of every torch optimizer of this process, until ``close``."""
@@ -114,6 +119,7 @@ class Checkpointer:
         aliases: Mapping[str, str] | None = None,
         nodes: Nodes | None = None,
         is_lazy: Callable[[torch.Tensor], bool] = lambda tensor: False,
+        stored: Mapping[int, str] | None = None,
         ended: Callable[[], Collection[int]] = tuple,
     ) -> PendingSave:
         """Begin to save together with the other ranks, and return.
@@ -122,6 +128,7 @@ class Checkpointer:
 
         Args:
             is_lazy: as ``LocalTensor.lazy``, for tensors inside of ``state`` and ``rank_state``.
+            stored: by ``id``, parameters that are saved whole, and under which names: pickles refer to them.
             path, tensors, state, ...: as ``kenotron.checkpoint.save``.
 
         Raises:
@@ -141,32 +148,22 @@ class Checkpointer:
             ended=ended,
         )
         with self._worker.announced():  # before anything is copied that a worker is to write
-            return self._begin(
-                attempt, tensors, state, rank_state, allow_pickle=allow_pickle, is_lazy=is_lazy, world_size=world_size
+            gather = functools.partial(
+                attempt.gather, tensors, state, rank_state, allow_pickle=allow_pickle, is_lazy=is_lazy, stored=stored
             )
+            return self._begin(attempt, gather, _CALLS_OF_ALL_RANKS_S if world_size > 1 else 0.0)
 
-    def _begin(
-        self,
-        attempt: SaveAttempt,
-        tensors: Sequence[LocalTensor],
-        state: Mapping[str, Any],
-        rank_state: Mapping[str, Any] | None,
-        *,
-        allow_pickle: bool,
-        is_lazy: Callable[[torch.Tensor], bool],
-        world_size: int,
-    ) -> PendingSave:
+    def _begin(self, attempt: SaveAttempt, gather: Callable[[], ShardLayout], head_start_s: float) -> PendingSave:
         """Copy what must be copied in the call, and hand the rest to the worker."""
         self._folders.add(attempt.path.parent.resolve())
         pending = PendingSave(attempt, self._distrust)
-        head_start_s = _CALLS_OF_ALL_RANKS_S if world_size > 1 else 0.0
         refused: BaseException | None = None
         layout: ShardLayout | None = None
         try:
             if attempt.leads:
                 with contextlib.suppress(OSError):  # the worker looks again, and its failures are told as `on_error` says
                     check_replaceable(attempt.path)
-            layout = attempt.gather(tensors, state, rank_state, allow_pickle=allow_pickle, is_lazy=is_lazy)
+            layout = gather()
             pending.take(self._started(), layout, self._num_fences, self.last, head_start_s)
         except Exception as error:  # the other ranks wait for this one: they are told, and this one raises
             refused = error
@@ -257,6 +254,14 @@ class Checkpointer:
         self._drain()
         self._tell_errors()
 
+    def wait_for(self, path: str | os.PathLike[str]) -> None:
+        """Return when no save to ``path``, or to what a link there leads to, is under way any more; without an error."""
+        wanted = {os.path.abspath(path), os.path.realpath(path)}
+        for pending in list(self._open):
+            if str(pending.path) in wanted and not pending.done():
+                self.fence()
+                pending.wait()
+
     def finish_within(self, timeout_s: float) -> None:
         """Give saves that have been copied some time to come to their end; from any thread, and without an error."""
         self._worker.wait(timeout_s)
@@ -319,6 +324,13 @@ class Checkpointer:
             if self.on_error == "raise":
                 raise _telling(pending)
             warnings.warn(f"a checkpoint was not saved, training goes on: {pending.error}", stacklevel=3)
+
+
+def wait_for(path: str | os.PathLike[str]) -> bool:
+    """Wait for saves of this process to ``path`` that are under way. Returns whether a checkpoint stands there then."""
+    for checkpointer in list(_LIVING):
+        checkpointer.wait_for(path)
+    return is_checkpoint(path)
 
 
 def _telling(pending: PendingSave) -> BaseException:

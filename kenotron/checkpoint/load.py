@@ -36,7 +36,7 @@ from kenotron.checkpoint.errors import (
 )
 from kenotron.checkpoint.format import CHUNK_BYTES, RESERVED_PREFIXES, LocalTensor, box_of
 from kenotron.checkpoint.manifest import Manifest, NodePart, StoredPiece, check_file_size, read_manifest
-from kenotron.checkpoint.values import decode
+from kenotron.checkpoint.values import decode, tensors_in
 from kenotron.files import read_regular
 
 Source = str | os.PathLike[str] | Manifest
@@ -76,19 +76,24 @@ def load_into(source: Source, tensors: Sequence[LocalTensor], *, strict: bool = 
     return missing
 
 
-def load_state(source: Source, *, allow_pickle: bool = False) -> dict[str, Any]:
+def load_state(source: Source, *, allow_pickle: bool = False, left_out: list[str] | None = None) -> dict[str, Any]:
     """Return the shared state, its tensors on the CPU.
 
+    Args:
+        left_out: receives where a pickle is that was left out because ``allow_pickle`` is False; None: refuse it.
+
     Raises:
-        PickleRefusedError: something in it is a pickle and ``allow_pickle`` is False.
+        PickleRefusedError: something in it is a pickle, ``allow_pickle`` is False and ``left_out`` None.
         CheckpointError: the checkpoint is damaged.
     """
     manifest = _manifest_of(source)
-    state: dict[str, Any] = _decode(manifest, manifest.state, "state/", allow_pickle)
+    state: dict[str, Any] = _decode(manifest, manifest.state, allow_pickle, left_out)
     return state
 
 
-def load_rank_state(source: Source, rank: int, *, allow_pickle: bool = False) -> dict[str, Any] | None:
+def load_rank_state(
+    source: Source, rank: int, *, allow_pickle: bool = False, left_out: list[str] | None = None
+) -> dict[str, Any] | None:
     """Return the state of one rank as that rank saved it, None where it saved none.
 
     Raises:
@@ -101,7 +106,7 @@ def load_rank_state(source: Source, rank: int, *, allow_pickle: bool = False) ->
         raise RankStateMissingError(f"{manifest.path} was saved by {manifest.world_size} ranks and has no state of rank {rank}")
     if manifest.node is not None and rank not in manifest.node.ranks:
         raise OnOtherNodeError(f"{manifest.path} is {_whose(manifest.node)}; the state of rank {rank} is elsewhere. {_MERGE}")
-    state: dict[str, Any] | None = _decode(manifest, manifest.rank_states[rank], f"rank_state/{rank}/", allow_pickle)
+    state: dict[str, Any] | None = _decode(manifest, manifest.rank_states[rank], allow_pickle, left_out)
     return state
 
 
@@ -129,8 +134,13 @@ def _manifest_of(source: Source) -> Manifest:
     return source if isinstance(source, Manifest) else read_manifest(source)
 
 
-def _decode(manifest: Manifest, node: Any, tensor_prefix: str, allow_pickle: bool) -> Any:
-    tensors = _load_whole(manifest, [name for name in manifest.tensors if name.startswith(tensor_prefix)])
+def _decode(manifest: Manifest, node: Any, allow_pickle: bool, left_out: list[str] | None) -> Any:
+    tensors = _load_whole(manifest, [name for name in tensors_in(node) if name in manifest.tensors])
+
+    def load_tensor(name: str) -> torch.Tensor:
+        if name not in tensors:  # which a pickle refers to
+            tensors.update(_load_whole(manifest, [name]))
+        return tensors[name]
 
     def read_pickle(file: str) -> bytes:
         if file not in manifest.files:
@@ -138,7 +148,7 @@ def _decode(manifest: Manifest, node: Any, tensor_prefix: str, allow_pickle: boo
         check_file_size(manifest.path / file, manifest.files[file])
         return read_regular(manifest.path / file)
 
-    return decode(node, tensors.__getitem__, read_pickle, allow_pickle=allow_pickle)
+    return decode(node, load_tensor, read_pickle, allow_pickle=allow_pickle, left_out=left_out)
 
 
 def _load_whole(manifest: Manifest, names: Iterable[str]) -> dict[str, torch.Tensor]:

@@ -56,6 +56,10 @@ class PendingSave:
         """Tell whether it has come to its end, good or bad."""
         return self._ended.is_set()
 
+    def wait(self) -> None:
+        """Return when it has come to its end."""
+        self._ended.wait()
+
     def take(
         self, engine: Engine, layout: ShardLayout, num_fences: int, before: PendingSave | None, head_start_s: float
     ) -> None:

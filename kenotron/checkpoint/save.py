@@ -45,6 +45,7 @@ from kenotron.checkpoint.format import (
 from kenotron.checkpoint.manifest import Manifest, StoredTensor, check_file_size, is_checkpoint
 from kenotron.checkpoint.meeting import FolderLock, Meeting
 from kenotron.checkpoint.nodes import Council, Nodes
+from kenotron.checkpoint.readme import README, TEXT
 from kenotron.checkpoint.reports import describe_shard, merge
 from kenotron.checkpoint.values import Attachments, encode
 from kenotron.checkpoint.writer import ShardWriter, SyncShardWriter
@@ -83,7 +84,8 @@ def save(
         rank_state: nested values of this rank alone, such as the state of its random number generators.
         rank, world_size: who this is, and how many call.
         save_id: the same on all ranks and never used before: up to 64 letters, digits, ``_`` and ``-``.
-        allow_pickle: store what JSON cannot hold as pickles; loading them then also takes ``allow_pickle=True``.
+        allow_pickle: store what JSON cannot hold as pickles, and leave out what can't be pickled, with a warning; loading
+            pickles also takes ``allow_pickle=True``.
         timeout_s: how long the whole save may take.
         start_timeout_s: write nothing before all ranks have begun, and give up if they have not within so long. For
             saves on a path where other ranks may be dead.
@@ -175,17 +177,19 @@ class SaveAttempt:
         *,
         allow_pickle: bool,
         is_lazy: Callable[[torch.Tensor], bool] = lambda tensor: False,
+        stored: Mapping[int, str] | None = None,
     ) -> ShardLayout:
         """Encode the state as it is now, and lay out the shard. Nothing of the tensors is read yet.
 
         Args:
             is_lazy: tells of tensors inside of the states whether they change in optimizer steps alone.
+            stored: by ``id``, parameters that are saved whole, and under which names: pickles refer to them.
 
         Raises:
             ValueError: something that cannot be stored.
         """
         _check_tensors(tensors, self._rank)
-        return self._part.gather(tensors, state, rank_state, allow_pickle, is_lazy)
+        return self._part.gather(tensors, state, rank_state, allow_pickle, is_lazy, stored or {})
 
     def run(self, gather: Callable[[], ShardLayout], write: Callable[[Path, ShardLayout], Checksums]) -> Path | None:
         """Save together with the other ranks; return when the checkpoint is published and durable.
@@ -238,6 +242,7 @@ class SaveAttempt:
         for name, size in manifest.files.items():
             check_file_size(meeting.folder / name, size)
         text = tensors.to_json([report["crc32c"] for report in reports])
+        write_durably(meeting.folder / README, TEXT.encode())
         write_durably(meeting.folder / MANIFEST, manifest.to_bytes(text))
         fsync_directory(meeting.folder)
         check_replaceable(self.path)
@@ -305,6 +310,7 @@ class _Part:
         rank_state: Mapping[str, Any] | None,
         allow_pickle: bool,
         is_lazy: Callable[[torch.Tensor], bool],
+        stored: Mapping[int, str],
     ) -> ShardLayout:
         """Encode the state and lay out all that this rank writes."""
         extra: list[LocalTensor] = []
@@ -316,8 +322,10 @@ class _Part:
             if source is None:
                 self._states[key] = None
                 continue
-            found = Attachments(tensor_prefix=tensor_prefix, pickle_prefix=pickle_prefix)
+            found = Attachments(tensor_prefix=tensor_prefix, pickle_prefix=pickle_prefix, stored=stored)
             self._states[key] = encode(dict(source), found, allow_pickle=allow_pickle)
+            if found.left_out:
+                warnings.warn(f"checkpoints lack what not even pickle can hold: {'; '.join(found.left_out)}", stacklevel=2)
             extra += [
                 LocalTensor.whole(name, tensor, (self._rank,), lazy=is_lazy(tensor)) for name, tensor in found.tensors.items()
             ]
@@ -390,6 +398,7 @@ def publish_alone(manifest: Manifest, lock: FolderLock) -> None:
     folder, path = lock.folder, manifest.path
     for name, num_bytes in manifest.files.items():
         check_file_size(folder / name, num_bytes)
+    write_durably(folder / README, TEXT.encode())
     write_durably(folder / MANIFEST, manifest.to_bytes())
     lock.remove()
     fsync_directory(folder)

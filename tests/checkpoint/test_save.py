@@ -49,7 +49,7 @@ def test_a_published_checkpoint_holds_its_files_and_nothing_else(tmp_path: Path,
     path = tmp_path / "new" / "folders" / "a"
     assert save_on_ranks(path, [[held] for held in rows("model/w", FULL, 2)]) == [None] * 2
     shards = ["shard-00001-of-00002.safetensors", "shard-00002-of-00002.safetensors"]
-    assert sorted(os.listdir(path)) == ["manifest.json", *shards]
+    assert sorted(os.listdir(path)) == ["README.txt", "manifest.json", *shards]
     assert os.listdir(path.parent) == ["a"]
     assert sorted(read_manifest(path).files) == shards
 

@@ -150,6 +150,11 @@ class Foreign:
     __hash__ = None  # type: ignore[assignment]
 
 
+class Holder:
+    def __init__(self, *values: Any) -> None:
+        self.values = values
+
+
 class Plain(enum.Enum):
     A = 1
 
@@ -210,9 +215,41 @@ def test_pickles_are_stored_apart_and_loaded_only_when_allowed() -> None:
         decode(node, {}.__getitem__, lambda name: b"x" + found.pickles[name][1:], allow_pickle=True)
 
 
-def test_what_cannot_be_pickled_is_refused_and_what_cannot_be_unpickled_is_told() -> None:
-    with pytest.raises(ValueError, match=r"cannot store f: builtins\.function cannot be pickled either"):
-        there_and_back({"f": lambda: 1}, allow_pickle=True)
+def test_what_cannot_be_pickled_is_left_out_and_named() -> None:
+    found = Attachments()
+    value = {"f": lambda: 1, "in": ({"g": lambda: 2, "h": 3}, lambda: 4), "pairs": {1: lambda: 5, 2: 6}}
+    node = encode(value, found, allow_pickle=True)
+    assert decode(node, {}.__getitem__, {}.__getitem__) == {"in": ({"h": 3}, None), "pairs": {2: 6}}
+    assert [text.partition(" (")[0] for text in found.left_out] == ["f", "in → [0] → g", "in → [1]", "pairs → 1"]
+
+
+def test_pickles_are_left_out_and_named_where_they_are_not_trusted() -> None:
+    found = Attachments()
+    value = {"a": Foreign(), "b": [Foreign(), 1], "c": {(1, 2): Foreign(), "d": 2}, "e": {Plain.A, 5}}
+    node, left_out = encode(value, found, allow_pickle=True), list[str]()
+    opened = decode(node, {}.__getitem__, {}.__getitem__, left_out=left_out)
+    assert opened == {"b": [None, 1], "c": {"d": 2}, "e": {5}}
+    assert sorted(text.partition(" (")[0] for text in left_out) == ["a", "b → [0]", "c → [(1, 2)]", "e → element"]
+
+
+def test_tensors_of_pickles_lie_in_the_shard_and_share_memory_as_they_did() -> None:
+    layer, stored = torch.nn.Linear(3, 2), torch.nn.Parameter(torch.ones(2))
+    whole = torch.arange(6.0)
+    value = {"a": [slice(0, 1), Holder(layer, whole, whole[2:4], stored, torch.zeros(1, dtype=torch.complex128))]}
+    value["a"].append(value)  # only pickle can hold what contains itself
+    found = Attachments(stored={id(stored): "model/stored"})
+    node = encode(value, found, allow_pickle=True)
+    tensors = {**found.tensors, "model/stored": torch.full((2,), 7.0)}
+    assert "model/stored" not in found.tensors and len(found.pickles) == 1
+    back = decode(node, tensors.__getitem__, found.pickles.__getitem__, allow_pickle=True)
+    assert back["a"][2] is back
+    held = back["a"][1].values
+    assert torch.equal(held[0].weight, layer.weight) and held[3].tolist() == [7.0, 7.0]
+    held[2].fill_(-1)
+    assert held[1].tolist() == [0, 1, -1, -1, 4, 5] and held[4].dtype == torch.complex128
+
+
+def test_what_cannot_be_unpickled_is_told() -> None:
     found = Attachments()
     node = encode([Foreign()], found, allow_pickle=True)
     name, data = next(iter(found.pickles.items()))
