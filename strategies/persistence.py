@@ -149,12 +149,13 @@ class Persistence(StrategyBase):
 
     def _rest(self) -> None:
         """Outside of ``fit`` and its like nothing ends threads later: so let them end now."""
-        if self._user_module.trainer.state.status != "running" and not self.checkpointer.is_training:
+        is_running = self._trainer is not None and self._trainer.state.status == "running"
+        if not is_running and not self.checkpointer.is_training:
             self.checkpointer.close()
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint, once one that was begun later is published."""
-        if self._uses_foreign_io:
+        if self._uses_foreign_io or self._held_checkpointer is None:  # nothing was saved here: it is somebody else's file
             super().remove_checkpoint(filepath)
         elif self.leads_checkpoints:
             self.checkpointer.remove(filepath)
@@ -271,9 +272,8 @@ class Persistence(StrategyBase):
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
         """Load what waited for set-up. A checkpoint that was loaded after it is loaded as a whole."""
-        if self.restore_checkpoint_after_setup:
+        if self.restore_checkpoint_after_setup or self._state is None:  # nothing was set up: there are no optimizers
             return
-        assert self._state is not None
         waiting, self._waiting = self._waiting, None
         if waiting is None:
             if checkpoint["optimizer_states"]:

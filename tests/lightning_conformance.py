@@ -29,7 +29,7 @@ from kenotron.strategies import ProcessGroupSettings
 
 _choose, _init = _AcceleratorConnector._choose_strategy, _AcceleratorConnector._init_strategy
 #: Tests that ask which strategy the Trainer chooses are left alone.
-_ASKS = "connectors/test_accelerator_connector.py"
+_ASKS = ("connectors/test_accelerator_connector.py", "::test_trainer_config_strategy")
 #: Names of strategies that are exchanged, where there are two or more processes.
 _DDP = tuple(
     f"{name}{end}"
@@ -45,14 +45,14 @@ def _choose_kenotron(connector: Any) -> Any:
     chosen = _choose(connector)
     # No subclass (XLA's single device), and no MPS.
     is_meant = type(chosen) is SingleDeviceStrategy and chosen.root_device.type in ("cpu", "cuda")
-    return _ours(1) if is_meant and _ASKS not in _test() else chosen
+    return _ours(1) if is_meant and not _asks() else chosen
 
 
 def _init_kenotron(connector: Any) -> None:
     """Exchange DDP, named or chosen, for several processes on the CPUs of this machine."""
     devices, flag = connector._parallel_devices or [], connector._strategy_flag
     is_here = len(devices) > 1 and devices[0].type == "cpu" and connector._num_nodes_flag == 1
-    if is_here and isinstance(flag, str) and flag in _DDP and _ASKS not in _test():
+    if is_here and isinstance(flag, str) and flag in _DDP and not _asks():
         connector._strategy_flag = _ours(len(devices), process_group=ProcessGroupSettings(start_method="fork"))
     _init(connector)
 
@@ -64,6 +64,10 @@ def _ours(count: int, **settings: Any) -> kenotron.KenotronStrategy:
 
 def _test() -> str:
     return os.environ.get("PYTEST_CURRENT_TEST", "").rpartition(" ")[0]
+
+
+def _asks() -> bool:
+    return any(part in _test() for part in _ASKS)
 
 
 def pytest_configure() -> None:
