@@ -14,7 +14,7 @@ INSTALLED := $(VENV)/.installed
 ENGINE_SOURCES := callbacks_native/CMakeLists.txt $(wildcard callbacks_native/src/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test test-all test-native lint format bench clean
+.PHONY: help install train test test-all conformance test-native lint format bench clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,9 @@ test: $(INSTALLED) ## Run the tests, without the slow ones
 
 test-all: $(INSTALLED) ## Run all tests
 	$(PY) -m pytest tests
+
+conformance: $(INSTALLED) ## Run Lightning's own tests with Kénotron (LIGHTNING=<checkout> ARGS=<words in their ids>)
+	$(PY) tests/conformance/compare.py $(LIGHTNING) $(ARGS)
 
 test-native: $(INSTALLED) ## Run the C++ tests under ASan and UBSan (SANITIZE=thread for TSan)
 	PATH="$(CURDIR)/$(VENV)/bin:$$PATH" && \

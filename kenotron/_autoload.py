@@ -30,6 +30,9 @@ NAMES: dict[str, dict[str, Any]] = {
     "kenotron_zero1": {"zero_stage": 1},
     "kenotron_zero2": {"zero_stage": 2},
     "kenotron_zero3": {"zero_stage": 3},
+    "kenotron_spawn": {"start_method": "spawn"},
+    "kenotron_fork": {"start_method": "fork"},
+    "kenotron_notebook": {"start_method": "fork"},
 }
 
 
@@ -128,8 +131,10 @@ def register(strategies: ModuleType, package: str) -> None:
 
 
 def _factory(package: str) -> Callable[..., Any]:
-    def make(**settings: Any) -> Any:
-        return importlib.import_module("kenotron.strategies").strategy_class(package)(**settings)
+    def make(start_method: str = "popen", **settings: Any) -> Any:
+        strategies = importlib.import_module("kenotron.strategies")
+        group = strategies.ProcessGroupSettings(start_method=start_method)
+        return strategies.strategy_class(package)(**{"process_group": group, **settings})
 
     return make
 

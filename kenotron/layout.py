@@ -123,6 +123,12 @@ class ParallelLayout:
         """Sizes in the order of ``AXES``."""
         return (self.pp, self.dp_replicate, self.dp_shard, self.cp, self.tp)
 
+    @property
+    def keeps_whole_parameters(self) -> bool:
+        """Whether every rank has all of the module in plain parameters."""
+        is_sharded = self.zero_stage > 1 and self.dp_shard > 1
+        return self.tp == self.pp == self.cp == self.ep == 1 and not is_sharded
+
     def coordinates(self, rank: int) -> Coordinates:
         """Return where ``rank`` stands on each axis."""
         where: dict[str, int] = {}

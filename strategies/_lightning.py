@@ -32,11 +32,13 @@ class Names:
             return getattr(importlib.import_module(module), name)
 
         self.ParallelStrategy: Any = load(f"{package}.strategies", "ParallelStrategy")
+        self.Precision: Any = load(f"{package}.plugins.precision", "Precision")
         self.TrainerFn: Any = load(f"{package}.trainer.states", "TrainerFn")
         self.SIGTERMException: Any = load(f"{package}.utilities.exceptions", "SIGTERMException")
         self.SubprocessScriptLauncher: Any = load(
             f"{package}.strategies.launchers.subprocess_script", "_SubprocessScriptLauncher"
         )
+        self.MultiProcessingLauncher: Any = load(f"{package}.strategies.launchers.multiprocessing", "_MultiProcessingLauncher")
         self.is_overridden: Callable[[str, Any], bool] = load(f"{package}.utilities.model_helpers", "is_overridden")
         self.init_dist_connection: Any = load(f"{fabric}.utilities.distributed", "_init_dist_connection")
         self.backend_for_device: Any = load(f"{fabric}.utilities.distributed", "_get_default_process_group_backend_for_device")
@@ -90,6 +92,23 @@ def skip_backward(trainer: Any) -> None:
     """Keep Lightning from zeroing gradients and going backward around ``training_step``: a pipeline does both inside of it."""
     assert hasattr(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward")
     trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward = True
+
+
+def allow_compiled_modules(package: str, strategy: type) -> None:
+    """Let Lightning accept modules that ``torch.compile`` returned for our strategy too: it knows its own alone."""
+    trainer = importlib.import_module(f"{package}.trainer.trainer")
+    verify = trainer._verify_strategy_supports_compile
+
+    def verify_others(model: Any, used: Any) -> None:
+        if not isinstance(used, strategy):
+            verify(model, used)
+
+    trainer._verify_strategy_supports_compile = verify_others
+
+
+def is_compiled(module: Any) -> bool:
+    """Tell whether a LightningModule came out of ``torch.compile``, whose steps then are compiled as a whole."""
+    return getattr(module, "_compiler_ctx", None) is not None
 
 
 def zero_grad(trainer: Any, batch_idx: int, optimizer: Optimizer) -> None:

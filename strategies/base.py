@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +20,9 @@ from kenotron.strategies.environments import find_mpi
 from kenotron.strategies.guard import StepGuard
 from kenotron.strategies.hooks import HookRelay
 from kenotron.strategies.kept import Beliefs
+from kenotron.strategies.launching import launcher_class
 from kenotron.strategies.loss import TokenCount
-from kenotron.strategies.settings import CheckpointSettings
+from kenotron.strategies.settings import CheckpointSettings, ProcessGroupSettings
 from kenotron.strategies.state import CheckpointState
 from kenotron.strategies.steps import PipelineSteps
 
@@ -66,11 +68,22 @@ class StrategyBase(_LightningStrategy):
     _run_id: str
     _num_saves: int
     _beliefs: Beliefs
+    _restores_late: bool | None
+    _group_settings: ProcessGroupSettings
 
     @property
     def _user_module(self) -> Any:
         assert self.lightning_module is not None
         return self.lightning_module
+
+    @property
+    def _trainer(self) -> Any:
+        """The module's trainer; ``None`` where the module has not been given to one."""
+        return getattr(self._lightning_module, "_trainer", None)
+
+    @property
+    def _is_fitting(self) -> bool:
+        return self._trainer is not None and self._trainer.state.fn == self.names.TrainerFn.FITTING
 
     @property
     def cluster_environment(self) -> Any:
@@ -120,14 +133,46 @@ class StrategyBase(_LightningStrategy):
 
     @property
     def restore_checkpoint_after_setup(self) -> bool:
-        return True
+        """Whether weights can't be loaded before set-up: they go straight into what this rank holds then.
+
+        Where each rank has plain, whole weights already, hooks run in the order that they have in one process.
+        """
+        if self._restores_late is None:  # from ``configure_model`` on, until the trainer is called again
+            module = self._lightning_module
+            if module is None:  # somebody looks into a checkpoint without having it restored
+                return False
+            is_made = not any(tensor.is_meta for tensor in itertools.chain(module.parameters(), module.buffers()))
+            keeps_dtype = type(self.precision_plugin).convert_module is self.names.Precision.convert_module
+            self._restores_late = not (self.layout.keeps_whole_parameters and is_made and keeps_dtype)
+        return self._restores_late
 
     @property
     def lightning_restore_optimizer(self) -> bool:
-        return False
+        return not self.restore_checkpoint_after_setup
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether there is one process, as soon as that is known: nothing is asked of the environment that started it."""
+        return bool(self.parallel_devices) and self.num_processes * self.num_nodes == 1
+
+    @property
+    def global_rank(self) -> int:
+        return 0 if self._is_alone else int(super().global_rank)
+
+    @property
+    def local_rank(self) -> int:
+        return 0 if self._is_alone else int(super().local_rank)
+
+    @property
+    def node_rank(self) -> int:
+        return 0 if self._is_alone else int(super().node_rank)
+
+    @property
+    def world_size(self) -> int:
+        return 1 if self._is_alone else int(super().world_size)
 
     def set_world_ranks(self) -> None:
-        if self.cluster_environment is not None and self.parallel_devices:
+        if self.cluster_environment is not None and self.parallel_devices and not self._is_alone:
             self.cluster_environment.set_global_rank(self.node_rank * self.num_processes + self.local_rank)
             self.cluster_environment.set_world_size(self.num_nodes * self.num_processes)
         _lightning.set_rank(self.names, self.global_rank)
@@ -136,6 +181,10 @@ class StrategyBase(_LightningStrategy):
         if self.num_processes * self.num_nodes == 1:
             if self.cluster_environment is not None and self.cluster_environment.creates_processes_externally:
                 self.cluster_environment.validate_settings(num_devices=1, num_nodes=1)
+            return
+        method = self._group_settings.start_method
+        if method != "popen" and not self.cluster_environment.creates_processes_externally:
+            self._launcher = launcher_class(self.names.package)(self, start_method=method)
             return
         # Also where processes exist already (torchrun, SLURM): it checks that their number is devices × num_nodes.
         self._launcher = self.names.SubprocessScriptLauncher(self.cluster_environment, self.num_processes, self.num_nodes)
@@ -146,9 +195,7 @@ class StrategyBase(_LightningStrategy):
 
     @property
     def _is_failing(self) -> bool:
-        module = self._lightning_module
-        trainer = getattr(module, "_trainer", None) if module is not None else None
-        return trainer is not None and trainer.state.status == "interrupted"
+        return self._trainer is not None and self._trainer.state.status == "interrupted"
 
     def _ended_ranks(self) -> set[int]:
         """Return the ranks whose processes are gone, as far as this one knows."""

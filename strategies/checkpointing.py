@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from kenotron import checkpoint as checkpoints
 from kenotron.checkpoint import Checkpointer, PendingSave
 from kenotron.files import is_url
+from kenotron.parallel.shards import canonical
 from kenotron.strategies.settings import CheckpointSettings
 from kenotron.strategies.state import CheckpointState
 
@@ -39,7 +40,9 @@ def check_path(path: Any) -> None:
 
 
 def check_writable(folders: Iterable[Path], exchange: Callable[[Any], list[Any]], *, leads: bool) -> None:
-    """Make the folders of checkpoints and write into each, so that what can't be saved is told before anything is trained.
+    """Write into each folder of checkpoints, so that what can't be saved is told before anything is trained.
+
+    Of one that is not there yet into the nearest that is: a run that saves nothing leaves none behind.
 
     Args:
         exchange: what a rank passes -> what each passes; all ranks call it. leads: whether this rank looks.
@@ -50,8 +53,8 @@ def check_writable(folders: Iterable[Path], exchange: Callable[[Any], list[Any]]
     problem = None
     for folder in folders if leads else ():
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
+            there = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+            with tempfile.TemporaryFile(dir=there):
                 pass
         except OSError as error:
             problem = (
@@ -129,71 +132,69 @@ def save_training(
 
 
 @dataclass(frozen=True)
-class Restored:
-    """What was restored.
+class Stored:
+    """A checkpoint whose tensors are still to be read.
 
     Args:
-        checkpoint: Lightning's dictionary without tensors.
-        rank_state: this rank's, if the layout was the same.
-        lacks: what the checkpoint holds, or this layout needs, and could not be restored; empty if all was.
-        left_out: where pickles are that were not opened.
+        saved: its shared state. allow_pickle: whether what only pickle can hold is loaded. left_out: where pickles are that
+            were not opened.
     """
 
-    checkpoint: dict[str, Any]
-    rank_state: dict[str, Any] | None
-    lacks: str
+    manifest: checkpoints.Manifest
+    saved: Mapping[str, Any]
+    allow_pickle: bool
     left_out: list[str]
 
+    def rank_state(self, state: CheckpointState, rank: int) -> tuple[str, dict[str, Any] | None]:
+        """Return what is lost of the ranks' own states, if anything, and this rank's as it was saved."""
+        if self.saved.get("layout") != state.layout_sizes():
+            return "the states of its random generators, which belong to another layout", None
+        return "", checkpoints.load_rank_state(self.manifest, rank, allow_pickle=self.allow_pickle, left_out=self.left_out)
 
-def load_training(
-    path: Any,
-    state: CheckpointState,
-    *,
-    rank: int,
-    allow_pickle: bool,
-) -> Restored:
-    """Return what a checkpoint of any layout holds: Lightning's dictionary, its tensors to be read by `load_stored`.
+
+def load_training(path: Any, *, allow_pickle: bool) -> dict[str, Any]:
+    """Return Lightning's dictionary from a checkpoint of any layout, with what reads its tensors: ``checkpoint[STORED]``.
 
     Args:
         allow_pickle: also load what only pickle can hold, which can run code.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged.
     """
     manifest, left_out = checkpoints.read_manifest(path), list[str]()
     saved = checkpoints.load_state(manifest, allow_pickle=allow_pickle, left_out=left_out)
     state_dict = checkpoints.in_order(checkpoints.lazy_state_dict(manifest), saved)
-    checkpoint = {**saved["lightning"], "state_dict": state_dict, STORED: Stored(manifest, saved)}
+    stored = Stored(manifest, saved, allow_pickle, left_out)
+    checkpoint = {**saved["lightning"], "state_dict": state_dict, STORED: stored}
     if saved["optimizers"] is not None:
         checkpoint["optimizer_states"] = checkpoints.LazyList(lambda: checkpoints.optimizer_states(manifest, saved))
-    lacks, rank_state = "", None
-    if saved.get("layout") == state.layout_sizes():
-        rank_state = checkpoints.load_rank_state(manifest, rank, allow_pickle=allow_pickle, left_out=left_out)
-    else:
-        lacks = "the states of its random generators, which belong to another layout"
-    return Restored(checkpoint, rank_state, lacks, left_out)
+    return checkpoint
 
 
-@dataclass(frozen=True)
-class Stored:
-    """A checkpoint whose tensors are still to be read: its manifest and its shared state."""
-
-    manifest: checkpoints.Manifest
-    saved: Mapping[str, Any]
-
-
-def load_stored(checkpoint: Mapping[str, Any], state: CheckpointState, *, strict: bool, with_optimizers: bool) -> None:
-    """Load this rank's parts of module and optimizers in place, from Lightning's dictionary as hooks have left it."""
+def load_module(checkpoint: Mapping[str, Any], state: CheckpointState, *, strict: bool) -> None:
+    """Load this rank's parts of the module in place, from Lightning's dictionary as hooks have left it."""
     stored: Stored | None = checkpoint.get(STORED)
-    renamed = state.load_model(checkpoint["state_dict"], strict, None if stored is None else stored.manifest)
+    state.load_model(checkpoint["state_dict"], strict, None if stored is None else stored.manifest)
+
+
+def load_optimizers(checkpoint: Mapping[str, Any], state: CheckpointState) -> None:
+    """Load this rank's parts of the optimizers' states in place, from Lightning's dictionary as hooks have left it."""
+    stored: Stored | None = checkpoint.get(STORED)
     states = checkpoint.get("optimizer_states")
-    if not with_optimizers or states is None:
-        return
     if isinstance(states, checkpoints.LazyList) and states.is_untouched:
         assert stored is not None
         saved = stored.saved
         by_hooks = saved.get("renamed") or {}  # an optimizer's state has its parameters' own names
-        renamed = {name: by_hooks.get(there, there) for name, there in renamed.items()}
+        renamed = {name: by_hooks.get(there, there) for name, there in state.stored_names(checkpoint["state_dict"]).items()}
         state.load_optimizers(stored.manifest, saved["optimizers"], saved.get("optimizer_kinds"), renamed)
     elif states:
         state.load_whole_optimizers(states)
+
+
+def named_as_in(module: nn.Module, state_dict: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a state dict with the names that a module has itself, where wrappers (``torch.compile``) put theirs between."""
+    own = {canonical(name): name for name in module.state_dict()}
+    return {own.get(name, name): value for name, value in state_dict.items()}
 
 
 def random_state(device: torch.device) -> dict[str, Any]:

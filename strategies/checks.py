@@ -8,6 +8,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from kenotron.layout import ParallelLayout
 from kenotron.parallel.apply import Parallelized
 from kenotron.parallel.shards import successor
 
@@ -29,6 +30,16 @@ def with_known_names(make: Callable[..., None]) -> Callable[..., None]:
         make(self, *args, **settings)
 
     return checked
+
+
+def check_compiled(module: Any, layout: ParallelLayout, is_compiled: bool) -> None:
+    """Raise ``ValueError`` for a module that ``torch.compile`` returned where its layers are changed afterwards."""
+    if is_compiled and not layout.keeps_whole_parameters:
+        raise ValueError(
+            f"torch.compile({type(module).__name__}) with {layout.table(max_rows=0)}: its steps are compiled as a whole, and "
+            "here its layers are cut or sharded after that. Pass the module as it is and set compile=True, which compiles each "
+            "block, or set tp=pp=cp=ep=1 and zero_stage=0 or 1."
+        )
 
 
 def check_pipelined(module: Any, pp: int, *, overrides_backward: bool) -> None:

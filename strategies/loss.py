@@ -7,7 +7,7 @@ gradients are scaled once before the update.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class StepLoss:
         Raises:
             ValueError: there is none, or it is not a scalar.
         """
-        loss = output.get("loss") if isinstance(output, dict) else output
+        loss = output.get("loss") if isinstance(output, Mapping) else output
         if not isinstance(loss, Tensor):
             raise ValueError(
                 f"training_step returned {type(output).__name__} without a loss tensor. Return a scalar tensor, "
@@ -46,7 +46,7 @@ class StepLoss:
                 f"training_step returned a loss of shape {tuple(loss.shape)}; it must be a scalar. Return loss.mean(), or "
                 "{'loss': loss.sum(), 'num_tokens': loss.numel()}."
             )
-        tokens = output.get("num_tokens") if isinstance(output, dict) else None
+        tokens = output.get("num_tokens") if isinstance(output, Mapping) else None
         if tokens is None:
             return StepLoss(loss.reshape(()))
         counted = torch.as_tensor(tokens, device=loss.device, dtype=torch.float32).detach().reshape(())

@@ -20,9 +20,13 @@ from kenotron.strategies.agreement import agree
 from kenotron.strategies.base import StrategyBase
 from kenotron.strategies.callback_paths import forget_foreign_paths, paths_of, take_paths
 from kenotron.strategies.checkpointing import (
+    STORED,
+    Stored,
     check_path,
-    load_stored,
+    load_module,
+    load_optimizers,
     load_training,
+    named_as_in,
     random_state,
     save_training,
     set_random_state,
@@ -148,12 +152,13 @@ class Persistence(StrategyBase):
 
     def _rest(self) -> None:
         """Outside of ``fit`` and its like nothing ends threads later: so let them end now."""
-        if self._user_module.trainer.state.status != "running" and not self.checkpointer.is_training:
+        is_running = self._trainer is not None and self._trainer.state.status == "running"
+        if not is_running and not self.checkpointer.is_training:
             self.checkpointer.close()
 
     def remove_checkpoint(self, filepath: Any) -> None:
         """Remove a checkpoint, once one that was begun later is published."""
-        if self._uses_foreign_io:
+        if self._uses_foreign_io or self._held_checkpointer is None:  # nothing was saved here: it is somebody else's file
             super().remove_checkpoint(filepath)
         elif self.leads_checkpoints:
             callbacks = self._user_module.trainer.callbacks
@@ -204,34 +209,36 @@ class Persistence(StrategyBase):
             loaded: dict[str, Any] = super().load_checkpoint(checkpoint_path, weights_only)
             self._forget_foreign_paths(loaded, checkpoint_path)
             return loaded
-        if self._state is None:
+        if self._state is None and self.restore_checkpoint_after_setup:
             raise RuntimeError(
                 f"{checkpoint_path} is loaded into the sharded module, which is not there yet. Pass it as ckpt_path to fit, "
                 "validate, test or predict."
             )
-        module = self._user_module
-        restored = load_training(
-            checkpoint_path,
-            self._state,
-            rank=self.global_rank,
-            allow_pickle=checkpoints.is_trusted(weights_only),
-        )
-        if restored.left_out and self.is_global_zero:
-            _lightning.warn(self.names, checkpoints.what_was_left_out(checkpoint_path, restored.left_out))
-        if restored.lacks and module.trainer.state.fn == self.names.TrainerFn.FITTING and self.is_global_zero:
-            _lightning.warn(self.names, f"{checkpoint_path} is restored without {restored.lacks}.")
-        if restored.rank_state is not None and module.trainer.state.fn == self.names.TrainerFn.FITTING:
-            set_random_state(restored.rank_state["random"], self.root_device)
-            if self._streams is not None and restored.rank_state["streams"] is not None:
-                self._streams.load_state_dict(restored.rank_state["streams"])
-        for guard, state in zip(self._guards.values(), restored.checkpoint.pop(_GUARDS, ()), strict=False):
+        loaded = load_training(checkpoint_path, allow_pickle=checkpoints.is_trusted(weights_only))
+        if loaded[STORED].left_out and self.is_global_zero:
+            _lightning.warn(self.names, checkpoints.what_was_left_out(checkpoint_path, loaded[STORED].left_out))
+        self._forget_foreign_paths(loaded, checkpoint_path)
+        return loaded
+
+    def _restore_ranks(self, checkpoint: Mapping[str, Any]) -> None:
+        """Put back this rank's random generators, where the layout is the one that saved them, and the guards."""
+        stored: Stored | None = checkpoint.get(STORED)
+        if stored is None:
+            return
+        assert self._state is not None
+        lacks, rank_state = stored.rank_state(self._state, self.global_rank)
+        if lacks and self.is_global_zero:
+            _lightning.warn(self.names, f"{stored.manifest.path} is restored without {lacks}.")
+        if rank_state is not None:
+            set_random_state(rank_state["random"], self.root_device)
+            if self._streams is not None and rank_state["streams"] is not None:
+                self._streams.load_state_dict(rank_state["streams"])
+        for guard, state in zip(self._guards.values(), checkpoint.get(_GUARDS, ()), strict=False):
             guard.load_state_dict(state)
-        self._forget_foreign_paths(restored.checkpoint, checkpoint_path)
-        return restored.checkpoint
 
     def _forget_foreign_paths(self, checkpoint: Mapping[str, Any], path: Any) -> None:
         """Do not believe what a file says of other files: retention would remove them."""
-        callbacks = self._user_module.trainer.checkpoint_callbacks
+        callbacks = () if self._trainer is None else self._trainer.checkpoint_callbacks
         folders = [folder for callback in callbacks if (folder := getattr(callback, "dirpath", None))]
         foreign = forget_foreign_paths(checkpoint.get("callbacks") or {}, [*folders, os.path.dirname(os.path.abspath(path))])
         if foreign:
@@ -242,13 +249,29 @@ class Persistence(StrategyBase):
             )
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        """Load this rank's parts of what hooks have left of the dictionary, those of the optimizers with them."""
+        """Load the weights that hooks have left in the dictionary.
+
+        After set-up this rank's parts of them, and with them what belongs to training. Before it, where parameters are whole
+        and plain, by the module's own ``load_state_dict``: the rest waits for ``load_optimizer_state_dict``.
+        """
+        if not self.restore_checkpoint_after_setup:
+            module = self._user_module
+            module.load_state_dict(named_as_in(module, checkpoint["state_dict"]), strict=strict)
+            return
         assert self._state is not None
-        fitting = self._user_module.trainer.state.fn == self.names.TrainerFn.FITTING
-        load_stored(checkpoint, self._state, strict=strict, with_optimizers=fitting)
+        load_module(checkpoint, self._state, strict=strict)
+        if self._is_fitting:
+            self._load_training(checkpoint)
 
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
-        """Nothing: they are loaded with the module."""
+        """Load what has waited for set-up."""
+        if not self.restore_checkpoint_after_setup and self._state is not None:  # else there are no optimizers
+            self._load_training(checkpoint)
+
+    def _load_training(self, checkpoint: Mapping[str, Any]) -> None:
+        assert self._state is not None
+        load_optimizers(checkpoint, self._state)
+        self._restore_ranks(checkpoint)
 
     def _streams_state(self) -> Any:
         return None if self._streams is None else self._streams.state_dict()

@@ -16,10 +16,18 @@ class ProcessGroupSettings:
     Args:
         backend: of ``torch.distributed``; ``None`` takes NCCL on CUDA and gloo on CPU.
         timeout: after which a collective that others do not join fails.
+        start_method: how one process starts the others of its node, where no launcher has: ``"popen"`` runs the script again;
+            ``"spawn"``, ``"fork"`` (notebooks) and ``"forkserver"`` run the trainer's call alone in new processes, and give its
+            results, metrics and weights back to this one.
     """
 
     backend: str | None = None
     timeout: timedelta = timedelta(minutes=30)
+    start_method: Literal["popen", "spawn", "fork", "forkserver"] = "popen"
+
+    def __post_init__(self) -> None:
+        if self.start_method not in ("popen", "spawn", "fork", "forkserver"):
+            raise ValueError(f"start_method={self.start_method!r} must be 'popen', 'spawn', 'fork' or 'forkserver'")
 
 
 @dataclass(frozen=True, kw_only=True)

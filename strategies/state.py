@@ -151,14 +151,11 @@ class CheckpointState:
         return self._renamed
 
     @torch.no_grad()
-    def load_model(self, state_dict: Mapping[str, Any], strict: bool, manifest: Manifest | None = None) -> dict[str, str]:
+    def load_model(self, state_dict: Mapping[str, Any], strict: bool, manifest: Manifest | None = None) -> None:
         """Load this rank's parts in place from a whole state dict, as hooks have left it.
 
         Args:
             manifest: the checkpoint that the lazy tensors among its values are of: of these only this rank's parts are read.
-
-        Returns:
-            For parameters that the checkpoint has under another name: that name.
 
         Raises:
             ValueError: names that only one side has (``strict``), or a shape that differs.
@@ -168,13 +165,9 @@ class CheckpointState:
         if strict:
             self._check_names(own, state_dict)
         wanted: list[LocalTensor] = []
-        renamed: dict[str, str] = {}
         for tensor in list(self.model_tensors(own)):
             name = tensor.name.removeprefix(_MODEL)
-            names = [name, *(each for each, first in self._done.aliases.items() if first == name)]
-            whole = next((state_dict[each] for each in names if each in state_dict), None)
-            if isinstance(whole, LazyTensor) and whole.stored != tensor.name:
-                renamed[name] = whole.stored.removeprefix(_MODEL)
+            whole = self._found_in(state_dict, name)
             if isinstance(whole, LazyTensor) and whole.is_untouched:
                 wanted.append(replace(tensor, name=whole.stored))
             elif whole is not None:
@@ -187,7 +180,21 @@ class CheckpointState:
         for name, value in state_dict.items():
             if name in own and not isinstance(value, Tensor):
                 self._done.root.get_submodule(name.rpartition(".")[0]).set_extra_state(value)
-        return renamed
+
+    def _found_in(self, state_dict: Mapping[str, Any], name: str) -> Any:
+        """Return the value of a tensor, which may be there by another of its names; ``None``: it is not there."""
+        names = [name, *(each for each, first in self._done.aliases.items() if first == name)]
+        return next((state_dict[each] for each in names if each in state_dict), None)
+
+    def stored_names(self, state_dict: Mapping[str, Any]) -> dict[str, str]:
+        """Return for parameters that a checkpoint has under another name, as hooks have left its tensors: that name."""
+        found: dict[str, str] = {}
+        for tensor in self.model_tensors(self.state_dict()):
+            name = tensor.name.removeprefix(_MODEL)
+            value = self._found_in(state_dict, name)
+            if isinstance(value, LazyTensor) and value.stored != tensor.name:
+                found[name] = value.stored.removeprefix(_MODEL)
+        return found
 
     def _check_names(self, own: Mapping[str, Any], state_dict: Mapping[str, Any]) -> None:
         known = {self._done.aliases.get(name, name) for name in state_dict}

@@ -41,7 +41,7 @@ from kenotron.strategies import _lightning
 from kenotron.strategies.auto import choose, take_apart
 from kenotron.strategies.callback_paths import reserve_names
 from kenotron.strategies.checkpointing import check_path, check_writable, share_random_state
-from kenotron.strategies.checks import check_callbacks, check_pipelined, with_known_names
+from kenotron.strategies.checks import check_callbacks, check_compiled, check_pipelined, with_known_names
 from kenotron.strategies.collectives import Collectives
 from kenotron.strategies.guard import Guard, StepGuard
 from kenotron.strategies.hooks import HookRelay, hide_example_input
@@ -170,6 +170,7 @@ class KenotronStrategyBase(Training, Persistence, OptimizerSetup, Collectives):
         self._checkpoint_settings = checkpoint or CheckpointSettings()
         self._held_checkpointer: Checkpointer | None = None
         self._beliefs = Beliefs()
+        self._restores_late: bool | None = None
         self._nodes: Nodes | None = None
         self._claims: list[FolderClaim] = []
         super().__init__(
@@ -205,7 +206,9 @@ class KenotronStrategyBase(Training, Persistence, OptimizerSetup, Collectives):
 
     def setup_environment(self) -> None:
         super().setup_environment()
-        self.names.reset_seed()
+        self._restores_late = None
+        if self.num_nodes * self.num_processes > 1:  # ranks start alike; one process goes on where its generators are
+            self.names.reset_seed()
         self.set_world_ranks()
         if not self._auto:
             self._layout = self._wanted.resolve(self.world_size)
@@ -403,12 +406,13 @@ class KenotronStrategyBase(Training, Persistence, OptimizerSetup, Collectives):
                 f"{type(self._checkpoint_io).__name__} gets whole state dicts on one rank, but the state is spread over "
                 f"{self.world_size} ranks. Leave the plugin out: KenotronStrategy writes sharded checkpoints itself."
             )
+        check_compiled(module, self.layout, _lightning.is_compiled(module))
         if self.layout.pp > 1:
             check_pipelined(module, self.layout.pp, overrides_backward=self.names.is_overridden("backward", module))
 
     def _parallelize(self, module: Any) -> Parallelized:
         done: Parallelized | None = module.__dict__.get("_kenotron")
-        if done is not None:
+        if done is not None and (done.layout == self.layout or not done.is_plain):
             if done.layout != self.layout:
                 raise ValueError(
                     f"{type(module).__name__} was sharded before, as {done.layout.table(max_rows=0)}. Build a new one for "
@@ -511,4 +515,7 @@ def strategy_class(package: str = "lightning.pytorch") -> type[KenotronStrategyB
     """Return the strategy for one of Lightning's two packages: ``"lightning.pytorch"`` or ``"pytorch_lightning"``."""
     names = _lightning.Names(package)
     bases = (KenotronStrategyBase, names.ParallelStrategy)
-    return type("KenotronStrategy", bases, {"names": names, "__module__": "kenotron", "__doc__": KenotronStrategyBase.__doc__})
+    namespace = {"names": names, "__module__": "kenotron", "__doc__": KenotronStrategyBase.__doc__}
+    made = type("KenotronStrategy", bases, namespace)
+    _lightning.allow_compiled_modules(package, made)
+    return made

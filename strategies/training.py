@@ -64,18 +64,24 @@ class Training(Failures):
         own = self._own_stream.entered() if self.is_distributed else contextlib.nullcontext()
         with self.precision_plugin.train_step_context(), own:
             output = done.enclose(lambda: module.training_step(*args, **kwargs))
-        if module.automatic_optimization and isinstance(output, dict) and "num_tokens" in output:
+        if module.automatic_optimization and isinstance(output, Mapping) and "num_tokens" in output:
             loss = StepLoss.of(output)
             self._sum_to_differentiate = self._tokens.to_differentiate(loss, 1.0)
             output = {**output, "loss": self._tokens.mean([loss], [1.0])}
-        elif module.automatic_optimization and output is not None:
-            StepLoss.of(output)
-        elif output is None:  # no backward pass lets go of what was gathered, or takes part in what other ranks reduce
+        elif module.automatic_optimization and not self.names.is_overridden("backward", module):
+            self._check_loss(output)
+        if output is None:  # no backward pass lets go of what was gathered, or takes part in what other ranks reduce
             self._reshard()
             if module.automatic_optimization and not self._sync:
                 done.before_backward(last_microbatch=True, sync=False)
                 done.end_backward()
         return output
+
+    @staticmethod
+    def _check_loss(output: Any) -> None:
+        """Refuse a loss that can't be differentiated. What is no loss at all is Lightning's to tell."""
+        if isinstance(output.get("loss") if isinstance(output, Mapping) else output, Tensor):
+            StepLoss.of(output)
 
     def _pipelined_training_step(self, batch: Any, *rest: Any) -> Any:
         module, package = self._user_module, self.names.package

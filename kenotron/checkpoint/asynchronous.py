@@ -6,8 +6,8 @@
 2. engine's threads: copy into the pool, sum, write. Meanwhile forward and backward run.
 3. main thread, ``fence``, after the closure and before the optimizer changes anything: wait until all has been copied,
    not written. What is not what it was at the call makes the save fail, and is copied in the call from then on.
-4. worker, one Python thread that mostly waits: the protocol of ``save.py`` for one save after the other, so that they are
-   published, and what is removed is removed, in the order of the calls.
+4. worker, one Python thread that mostly waits, and ends with its last job: the protocol of ``save.py`` for one save after the
+   other, so that they are published, and what is removed is removed, in the order of the calls.
 5. main thread, at the next ``save`` or at ``wait``: raise what went wrong.
 
 Sources are held until they have been copied. Between 1 and 3 nobody else is to change them: ``OptimizerGuard`` calls
@@ -19,9 +19,8 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
 import os
-import queue
-import threading
 import time
 import warnings
 import weakref
@@ -42,6 +41,7 @@ from kenotron.checkpoint.pending import PendingSave
 from kenotron.checkpoint.removal import check_place
 from kenotron.checkpoint.retention import Retention
 from kenotron.checkpoint.save import SaveAttempt, check_replaceable, remove_tree
+from kenotron.checkpoint.worker import Worker
 
 #: How long an interpreter that ends without ``close`` waits for what is in flight.
 _EXIT_TIMEOUT_S = 600.0
@@ -73,8 +73,7 @@ class Checkpointer:
         self.last: PendingSave | None = None
         self.is_training = False
         self._engine: Engine | None = None
-        self._worker: threading.Thread | None = None
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._worker = Worker()
         self._open: list[PendingSave] = []
         self._unsettled: list[PendingSave] = []
         self._retention = Retention()
@@ -149,17 +148,23 @@ class Checkpointer:
             nodes=nodes,
             ended=ended,
         )
-        self._start_worker()  # before anything is copied that a worker is to write
+        with self._worker.announced():  # before anything is copied that a worker is to write
+            gather = functools.partial(
+                attempt.gather, tensors, state, rank_state, allow_pickle=allow_pickle, is_lazy=is_lazy, stored=stored
+            )
+            return self._begin(attempt, gather, _CALLS_OF_ALL_RANKS_S if world_size > 1 else 0.0)
+
+    def _begin(self, attempt: SaveAttempt, gather: Callable[[], ShardLayout], head_start_s: float) -> PendingSave:
+        """Copy what must be copied in the call, and hand the rest to the worker."""
         self._folders.add(attempt.path.parent.resolve())
         pending = PendingSave(attempt, self._distrust)
-        head_start_s = _CALLS_OF_ALL_RANKS_S if world_size > 1 else 0.0
         refused: BaseException | None = None
         layout: ShardLayout | None = None
         try:
             if attempt.leads:
                 with contextlib.suppress(OSError):  # the worker looks again, and its failures are told as `on_error` says
                     check_replaceable(attempt.path)
-            layout = attempt.gather(tensors, state, rank_state, allow_pickle=allow_pickle, is_lazy=is_lazy, stored=stored)
+            layout = gather()
             pending.take(self._started(), layout, self._num_fences, self.last, head_start_s)
         except Exception as error:  # the other ranks wait for this one: they are told, and this one raises
             refused = error
@@ -228,16 +233,18 @@ class Checkpointer:
     def remove(self, path: str | os.PathLike[str]) -> None:
         """Remove a checkpoint after all saves that were begun before, if the last of them takes its place.
 
-        Where that one fails, it stays; so does the last one that was published.
+        Where that one fails, it stays; so does the last one that was published, unless it is the last that was begun as well.
         """
         target, successor = Path(os.path.abspath(path)), self.last
+        # What was saved last is removed for its own sake (a tuner's copy): nothing is to take its place.
+        at_once = successor is not None and successor.path == target
 
         def run() -> None:
             self._came_true(target, run)
             if os.path.lexists(target):  # what isn't there needs no removing, whoever it would belong to
                 check_place(target, self._folders)
             failed = None if successor is None or successor.error is None else successor.path
-            self._not_removed += self._retention.remove(target, failed)
+            self._not_removed += self._retention.remove(target, failed, at_once=at_once)
 
         self._expected[str(target)] = False, run
         self._hand_over(run)
@@ -281,10 +288,7 @@ class Checkpointer:
 
     def finish_within(self, timeout_s: float) -> None:
         """Give saves that have been copied some time to come to their end; from any thread, and without an error."""
-        if self._worker is not None:
-            reached = threading.Event()
-            self._jobs.put(reached.set)
-            reached.wait(timeout_s)
+        self._worker.wait(timeout_s)
 
     def close(self, *, others_timeout_s: float | None = None) -> None:
         """Wait, and stop all threads. The next save starts them again.
@@ -299,10 +303,7 @@ class Checkpointer:
             for pending in self._open:
                 pending.attempt.hurry(others_timeout_s)
         self._drain()
-        if self._worker is not None:
-            self._jobs.put(None)
-            self._worker.join()
-        self._worker = self._engine = None
+        self._engine = None
         if self._guard is not None:
             self._guard.remove()
         self._guard, self.is_training = None, False
@@ -323,29 +324,18 @@ class Checkpointer:
             self._engine = self.settings.start()
         return self._engine
 
-    def _start_worker(self) -> None:
-        if self._worker is None:
-            worker = threading.Thread(target=_work, args=(self._jobs,), name="kenotron-checkpoint", daemon=True)
-            worker.start()  # raises where the system allows no more threads: then there is none to wait for
-            self._worker = worker
-
     def _hand_over(self, job: Callable[[], None]) -> None:
-        self._start_worker()
-
         def run() -> None:
             try:
                 job()
             except Exception as error:  # of a removal; saves keep theirs. The thread must live: others wait for it
                 self._not_removed.append(error)
 
-        self._jobs.put(run)
+        self._worker.run(run)
 
     def _drain(self, timeout_s: float | None = None) -> None:
         self.fence()
-        if self._worker is not None:
-            reached = threading.Event()
-            self._jobs.put(reached.set)
-            reached.wait(timeout_s)
+        self._worker.wait(timeout_s)
 
     def _tell_errors(self) -> None:
         """Report each failure once."""
@@ -374,12 +364,6 @@ def _telling(pending: PendingSave) -> BaseException:
     failure = SaveFailedError(f"saving {pending.path} failed: {type(error).__name__}: {error}")
     failure.__cause__ = error
     return failure
-
-
-def _work(jobs: queue.SimpleQueue[Callable[[], None] | None]) -> None:
-    while (job := jobs.get()) is not None:
-        job()
-        del job  # and all that it holds, before waiting for the next
 
 
 def _drain_at_exit(reference: weakref.ref[Checkpointer]) -> None:

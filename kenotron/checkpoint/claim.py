@@ -16,7 +16,7 @@ class FolderClaim:
     On file systems without such locks nobody is told anything.
 
     Args:
-        folder: which is made where it is missing.
+        folder: which is made where it is missing, and removed at the end if nothing was saved to it.
 
     Attributes:
         is_shared: whether another process had claimed it before.
@@ -25,6 +25,7 @@ class FolderClaim:
     def __init__(self, folder: Path) -> None:
         self.is_shared = False
         self._descriptor = -1
+        self._made = [each for each in (folder, *folder.parents) if not os.path.lexists(each)]
         with contextlib.suppress(OSError):  # a folder that can't be made is told where something is saved to it
             make_directories(folder)
             self._descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -35,6 +36,9 @@ class FolderClaim:
 
     def release(self) -> None:
         """Let go of it, also where a forked process still has the descriptor."""
+        with contextlib.suppress(OSError):  # something lies in it
+            for folder in self._made:
+                folder.rmdir()
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             with contextlib.suppress(OSError):

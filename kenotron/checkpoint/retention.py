@@ -23,12 +23,15 @@ class Retention:
         self._kept = [kept for kept in self._kept if kept != path]  # it is wanted again
         return self._remove_kept()
 
-    def remove(self, path: Path, failed: Path | None) -> list[Exception]:
+    def remove(self, path: Path, failed: Path | None, *, at_once: bool = False) -> list[Exception]:
         """Remove a checkpoint, and what is only there because its save failed.
 
         Args:
             failed: what was to take its place, if that could not be saved: then it stays.
+            at_once: nothing is to take its place.
         """
+        if at_once and path == self._last_published:
+            self._last_published = Path()
         wanted = [path, *self._stayed.pop(path, [])]
         if failed is not None:
             self._stayed[failed] += [each for each in wanted if each != failed]

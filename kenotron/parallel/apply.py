@@ -80,6 +80,7 @@ class Parallelized:
         cut: the pipeline cut, if ``pp > 1``. experts: the ep axis, if ``ep > 1``. loads: of experts, if there are any.
         sharded: FSDP2's part (ZeRO 3); reducers: those of replicas, whose parameters are whole.
         num_parameters: of the whole module. last_pp_rank: the pipeline rank of the last stage.
+        is_plain: no layer or parameter was replaced or wrapped: all can be applied anew.
     """
 
     root: nn.Module
@@ -97,6 +98,7 @@ class Parallelized:
     buffers: SharedBuffers | None = None
     num_parameters: int = 0
     last_pp_rank: int = 0
+    is_plain: bool = True
 
     @property
     def is_whole(self) -> bool:
@@ -186,6 +188,19 @@ class Parallelized:
             self.owed.pay(self.named_parameters())
 
 
+def untouched(root: nn.Module, layout: ParallelLayout) -> Parallelized:
+    """Return a module to which nothing has been applied: its parameters are whole."""
+    shards = Shards(tp=layout.tp)
+    return Parallelized(
+        root=root,
+        layout=layout,
+        shards=shards,
+        norm=GradientNorm(layout, shards),
+        aliases=_aliases(root),
+        num_parameters=sum(p.numel() for p in root.parameters()),
+    )
+
+
 def parallelize(
     root: nn.Module, mesh: DeviceMesh | None, request: Request, expert_mesh: DeviceMesh | None = None
 ) -> Parallelized:
@@ -199,10 +214,10 @@ def parallelize(
         ValueError: the module can't be cut as asked.
     """
     layout = request.layout
-    shards = Shards(tp=layout.tp)
-    aliases, places = _aliases(root), init.places_of(root)
-    done = Parallelized(root=root, layout=layout, shards=shards, norm=GradientNorm(layout, shards), aliases=aliases)
-    done.num_parameters = sum(p.numel() for p in root.parameters())
+    places = init.places_of(root)
+    done = untouched(root, layout)
+    shards, aliases = done.shards, done.aliases
+    done.is_plain = layout.keeps_whole_parameters and not (request.recompute or request.compile or request.float8)
     plan = find_plan(root, request.plan)
     experts = expert.find_experts(root)
     if expert_mesh is not None:
