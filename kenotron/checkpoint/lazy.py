@@ -29,7 +29,7 @@ class LazyTensor(torch.Tensor):
     """
 
     _cell: _Cell
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, name: str, shape: tuple[int, ...], dtype: torch.dtype, load: Callable[[], torch.Tensor]) -> LazyTensor:
@@ -40,7 +40,8 @@ class LazyTensor(torch.Tensor):
 
     @staticmethod
     def _of(cell: _Cell, shape: Any, dtype: torch.dtype) -> LazyTensor:
-        made: LazyTensor = torch.Tensor._make_wrapper_subclass(LazyTensor, shape, dtype=dtype, device="cpu")  # type: ignore[attr-defined]
+        cpu = torch.device("cpu")
+        made: LazyTensor = torch.Tensor._make_wrapper_subclass(LazyTensor, shape, dtype=dtype, device=cpu)
         made._cell = cell
         return made
 
@@ -61,7 +62,7 @@ class LazyTensor(torch.Tensor):
         return self._cell.value
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         if func is torch.ops.aten.detach.default:  # what `nn.Parameter` is made of must be of the same type
             return cls._of(args[0]._cell, args[0].shape, args[0].dtype)
         args, kwargs = tree_map_only(LazyTensor, LazyTensor.read, (args, kwargs or {}))
@@ -75,7 +76,7 @@ class LazyTensor(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         self.read().data = value
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.read())
 
 
