@@ -73,7 +73,7 @@ class ShardedUpdate:
         # Parameter and gradient, while shares are in their places.
         self._whole: dict[nn.Parameter, tuple[Tensor, Tensor | None]] = {}
         self._is_held = False
-        self._scratch = Scratch()
+        self.scratch = Scratch()
         self._buckets: dict[tuple[int, ...], list[_Bucket]] = {}
         self._handles: list[Any] = []
         if self.granularity != "none":
@@ -275,7 +275,7 @@ class ShardedUpdate:
             return share.group, param.dtype, param.device
 
         for members in fill(params, kind):
-            yield _Bucket(members, [share for param in members if (share := self._shares[param]) is not None], self._scratch)
+            yield _Bucket(members, [share for param in members if (share := self._shares[param]) is not None], self.scratch)
 
 
 class _Bucket:

@@ -185,8 +185,7 @@ def start_all_gather(memory: Tensor, lengths: Sequence[int], group: ProcessGroup
             work for rank, chunk in enumerate(chunks) if len(chunk)
             and (work := dist.broadcast(chunk.view(torch.uint8), group=group, group_src=rank, async_op=True)) is not None
         ]  # fmt: skip
-    work: dist.Work = all_gather_single(memory, chunks[group.rank()], group=group, async_op=True)
-    return [work]
+    return [all_gather_single(memory, chunks[group.rank()], group=group, async_op=True)]
 
 
 def group_size(group: Group) -> int:

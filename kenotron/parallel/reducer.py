@@ -33,7 +33,9 @@ _MOST_TRAVELLING = 2
 
 
 class Divider(Protocol):
-    """Divides an update among ranks."""
+    """Divides an update among ranks; ``scratch`` is for what travels."""
+
+    scratch: Scratch
 
     def divided(self, param: nn.Parameter) -> Share | None:
         """Return who updates what of a parameter; ``None``: every rank all of it, or nobody."""
@@ -76,7 +78,6 @@ class GradientReducer:
         self._places: dict[nn.Parameter, tuple[_Bucket, int]] = {}
         self._hooked: set[int] = set()  # by id: they are all held here
         self._queue: list[_Bucket] = []
-        self._scratch = Scratch()
         self._launched = 0
         self._is_last = False  # the pass that runs, or ran, is the last one before the update
         self._take_in()
@@ -107,8 +108,8 @@ class GradientReducer:
         for members in fill(reversed(trained), kind):
             stage, divided = self._stage_of(members[0]), [s for p in members if (s := shares[p]) is not None]
             bucket: _Bucket = _Whole(members, stage)
-            if divided:
-                bucket = _Parts(members, stage, divided, self._scratch, each_pass=self._each_pass and stage is not None)
+            if divided and self._divider is not None:
+                bucket = _Parts(members, stage, divided, self._divider.scratch, each_pass=self._each_pass and stage is not None)
             self._buckets.append(bucket)
             self._places.update({param: (bucket, index) for index, param in enumerate(members)})
 

@@ -238,7 +238,7 @@ class _Rank:
             return 0.0
         if done is None or not self.choice.keeps_parts:
             return min(self.whole, 2.0 * BUCKET_BYTES)
-        arrives = 2.0 if self.job.device.name == "cpu" else 1 + 1 / self.choice.shards
+        arrives = 1 + (self.choice.shards - 1 if self.job.device.name == "cpu" else 1) / self.choice.shards
         filling = min(done, BUCKET_BYTES)
         return filling + min(max(done - filling, 0.0), 2 * BUCKET_BYTES) * arrives
 
