@@ -1,7 +1,8 @@
 """Kénotron: pretraining of large transformers on 4D parallelism from ordinary Lightning code.
 
 Importing it registers the strategies ``"kenotron"``, ``"kenotron_ddp"``, ``"kenotron_zero1"`` to ``"kenotron_zero3"``, and
-``"kenotron_spawn"``, ``"kenotron_fork"`` and ``"kenotron_notebook"`` with Lightning. Everything else is imported when it is first used.
+``"kenotron_spawn"``, ``"kenotron_fork"`` and ``"kenotron_notebook"`` with Lightning. Everything else is imported when it is
+first used.
 """
 
 from __future__ import annotations
