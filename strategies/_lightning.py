@@ -96,7 +96,7 @@ def skip_backward(trainer: Any) -> None:
 
 def allow_compiled_modules(package: str, strategy: type) -> None:
     """Let Lightning accept modules that ``torch.compile`` returned for our strategy too: it knows its own alone."""
-    trainer = importlib.import_module(f"{package}.trainer.trainer")
+    trainer: Any = importlib.import_module(f"{package}.trainer.trainer")
     verify = trainer._verify_strategy_supports_compile
 
     def verify_others(model: Any, used: Any) -> None:

@@ -84,6 +84,7 @@ class Failures(StrategyBase):
             self._held_checkpointer.finish_within(_FINISH_S)
 
     def on_exception(self, exception: BaseException) -> None:
+        super().on_exception(exception)
         if isinstance(exception, self.names.SIGTERMException) and exception.code is None:
             exception.code = 128 + signal.SIGTERM  # as of a process that the signal ends
             step = self._user_module.trainer.global_step

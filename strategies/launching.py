@@ -26,6 +26,17 @@ _WEIGHTS = "weights"
 class LauncherBase(_LightningLauncher):
     """Brings whole weights back to the process that has started the others."""
 
+    def _wrapping_function(self, process_idx: int, trainer: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._wrapping_function(process_idx, trainer, *args, **kwargs)
+        except BaseException as error:  # Lightning handles it in the process that has started this one: nothing is saved there
+            strategy: Any = self._strategy
+            if trainer is not None:
+                trainer.state.status = "interrupted"
+            strategy.on_exception(error)
+            strategy.teardown()
+            raise
+
     def _collect_rank_zero_results(self, trainer: Any, results: Any) -> Any:
         strategy: Any = self._strategy
         if strategy.layout.keeps_whole_parameters or trainer.state.fn != "fit":

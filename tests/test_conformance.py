@@ -23,7 +23,7 @@ def test_no_test_is_listed_twice_or_both_as_passing_and_as_different() -> None:
     reasons = compare.differing(FOLDER / "differs.txt")
     assert len(ids) == len(set(ids))
     assert all("::" in test and test.startswith("tests_pytorch/") for test in ids)
-    assert not [test for test in ids for other in reasons if test.startswith(other)]
+    assert not [test for test in ids if test in reasons]
 
 
 def test_each_difference_has_a_reason() -> None:
@@ -37,4 +37,4 @@ def test_what_is_not_as_expected_is_told() -> None:
         {"e": "why"},
         {"a": ("passed", 1), "b": ("failed", 1), "c": ("passed", 0), "e[1]": ("passed", 1)},
     )
-    assert [line.split(":")[0] for line in told] == ["b", "c", "d", "e[1]"]
+    assert [line.split(":")[0] for line in told] == ["b", "c", "d", "e"]

@@ -181,10 +181,12 @@ def start_all_gather(memory: Tensor, lengths: Sequence[int], group: ProcessGroup
     """
     chunks = memory.split(list(lengths))
     if dist.get_backend(group) == "gloo" or len(set(lengths)) > 1:  # half as long as gloo's own all-gather
-        return [
-            work for rank, chunk in enumerate(chunks) if len(chunk)
-            and (work := dist.broadcast(chunk.view(torch.uint8), group=group, group_src=rank, async_op=True)) is not None
-        ]  # fmt: skip
+        sent = [
+            dist.broadcast(chunk.view(torch.uint8), group=group, group_src=rank, async_op=True)
+            for rank, chunk in enumerate(chunks)
+            if len(chunk)
+        ]
+        return [work for work in sent if work is not None]
     return [all_gather_single(memory, chunks[group.rank()], group=group, async_op=True)]
 
 
