@@ -126,7 +126,7 @@ class ParallelLayout:
     @property
     def keeps_whole_parameters(self) -> bool:
         """Whether every rank has all of the module in plain parameters."""
-        is_sharded = self.zero_stage > 1 and self.dp_shard > 1
+        is_sharded = self.zero_stage == 3 and self.dp_shard > 1
         return self.tp == self.pp == self.cp == self.ep == 1 and not is_sharded
 
     def coordinates(self, rank: int) -> Coordinates:

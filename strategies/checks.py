@@ -38,7 +38,7 @@ def check_compiled(module: Any, layout: ParallelLayout, is_compiled: bool) -> No
         raise ValueError(
             f"torch.compile({type(module).__name__}) with {layout.table(max_rows=0)}: its steps are compiled as a whole, and "
             "here its layers are cut or sharded after that. Pass the module as it is and set compile=True, which compiles each "
-            "block, or set tp=pp=cp=ep=1 and zero_stage=0 or 1."
+            "block, or set tp=pp=cp=ep=1 and zero_stage to 0, 1 or 2."
         )
 
 
