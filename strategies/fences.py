@@ -4,7 +4,8 @@ An optimizer's step waits by itself (``kenotron.checkpoint.guard``). Of what els
 weights: Lightning's own callbacks that watch, and Kénotron's. All other code is foreign.
 
 1. ``save_checkpoint`` was called by foreign code, a callback that swaps averaged weights in and out, say: it may change
-   weights as soon as the call returns, so the call waits for the copy.
+   weights as soon as the call returns, so the call waits for the copy. So does ``ModelCheckpoint`` under manual optimization,
+   where it saves what the module has put into ``saved_models``, and puts its weights back.
 2. It was called by ``ModelCheckpoint`` and its like: the call returns at once. Until the next fence each foreign hook of a
    callback or of the module waits for the copy before it begins.
 
@@ -45,7 +46,7 @@ _BATCHES = ("on_before_batch_transfer", "on_after_batch_transfer")
 def fence_what_follows(checkpointer: Checkpointer) -> None:
     """Let whatever may change weights wait for the save that ``Trainer.save_checkpoint`` has just begun."""
     trainer, is_foreign = _find_caller(sys._getframe(1))
-    if trainer is None or is_foreign:
+    if trainer is None or is_foreign or _saves_others(trainer.lightning_module):
         checkpointer.fence()
         return
     placed: list[tuple[dict[str, Any], str, Any]] = []
@@ -62,6 +63,11 @@ def fence_what_follows(checkpointer: Checkpointer) -> None:
         placed.append((attributes, name, attributes.get(name)))
         attributes[name] = _fenced(getattr(owner, name), checkpointer.fence)
     checkpointer.at_next_fence(remove)
+
+
+def _saves_others(module: Any) -> bool:
+    """Tell whether ``ModelCheckpoint`` swaps weights around a save, as Lightning 2.6 does it for modules that kept some."""
+    return not module.automatic_optimization and bool(getattr(module, "saved_models", None))
 
 
 def _find_caller(frame: FrameType | None) -> tuple[Any, bool]:

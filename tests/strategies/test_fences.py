@@ -174,6 +174,34 @@ def test_what_runs_after_a_save_does_not_reach_the_file(
     assert vars(module).get(where) is hook
 
 
+class KeepsFormerWeights(L.LightningModule):
+    """Steps by hand, and has ``ModelCheckpoint`` save what was there before the step, as its documentation says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.layer = nn.Linear(16, 256)
+        self.saved_models: dict[int, Any] = {}
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> None:
+        self.saved_models[batch_idx] = {name: value.clone() for name, value in self.layer.state_dict().items()}
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.layer(batch).square().mean())
+        optimizer.step()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def test_weights_that_lightning_itself_swaps_in_are_those_in_the_file(tmp_path: Path) -> None:
+    module = KeepsFormerWeights()
+    fit(module, [ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)], max_steps=4)
+    for number in range(4):
+        found = load_state_dict(tmp_path / f"step={number + 1}.ckpt")
+        assert torch.equal(found["layer.weight"], module.saved_models[number]["weight"])
+
+
 @pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end", "on_validation_start"])
 def test_a_callback_that_comes_after_the_one_that_saves_waits(tmp_path: Path, hook: str, noted: Noted) -> None:
     def scale(trainer: L.Trainer, pl_module: Any, *args: Any) -> None:

@@ -122,6 +122,28 @@ class Speaks(L.Callback):
         self.norms = [param.grad for param in pl_module.parameters()]
 
 
+def norms_of(module: Any) -> list[Any]:
+    return [param.grad for param in module.parameters()]
+
+
+class Keeper:
+    def note(self, module: Any) -> None:
+        self.norms = norms_of(module)
+
+
+class ThroughAnObject(L.Callback):
+    def __init__(self) -> None:
+        self.keeper = Keeper()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.keeper.note(pl_module)
+
+
+class ThroughAFunction(L.Callback):
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.upgraded = norms_of(pl_module)
+
+
 class Averages(L.Callback):
     def on_train_batch_end(self, *_: Any) -> None:
         with torch.no_grad():
@@ -138,6 +160,8 @@ def test_whole_gradients_are_kept_for_whoever_may_look() -> None:
     assert who_looks(Plain(), [LearningRateMonitor(), Averages(), StepLines()], plugin) is None
     assert who_looks(Plain(), [OnTheWay()], plugin) == "OnTheWay.on_after_backward"
     assert who_looks(Plain(), [Speaks()], plugin) == "Speaks.on_train_epoch_end"
+    assert who_looks(Plain(), [ThroughAnObject()], plugin) == "Keeper.note"
+    assert who_looks(Plain(), [ThroughAFunction()], plugin) == "ThroughAFunction.on_train_batch_end"
     assert "optimizer_step" in str(who_looks(Plain(), [LambdaCallback(on_before_optimizer_step=print)], plugin))
     assert who_looks(Norms(), [], plugin) == "Norms.on_before_optimizer_step"
     assert who_looks(ByHand(), [], plugin) == "manual optimization"
