@@ -37,6 +37,9 @@ _GRADIENTS = re.compile("(^|_)grad|Grad")
 #: How many classes and functions are read.
 _MOST = 2000
 
+#: Lightning's callbacks that let the optimizer step without a backward pass, by the gradients of the step before.
+_STEPS_AGAIN = ("StochasticWeightAveraging",)
+
 #: Names in code that have to do with gradients, and with none in particular.
 _HARMLESS = {
     "requires_grad", "requires_grad_", "no_grad", "enable_grad", "set_grad_enabled", "is_grad_enabled", "zero_grad",
@@ -53,6 +56,9 @@ def who_looks(module: Any, callbacks: Iterable[Any], plugin: Any) -> str | None:
     """
     if not module.automatic_optimization:
         return "manual optimization"
+    for callback in callbacks:
+        if type(callback).__name__ in _STEPS_AGAIN:
+            return type(callback).__name__
     for holder in (module, *callbacks):
         for name in HOOKS:
             if hasattr(holder, name) and _is_users(holder, name):

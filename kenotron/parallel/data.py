@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.nn.modules.batchnorm import _NormBase
 from torchmetrics import Metric
 
 from kenotron.parallel.gathered import GatheredParameters
@@ -21,7 +22,8 @@ class SharedBuffers:
     """Keeps buffers that a forward pass writes (running statistics) the same on all replicas: those of the first one.
 
     As torch's DistributedDataParallel does it, before each training step. A checkpoint then holds what every replica goes on
-    with. Only persistent buffers count; a module without any costs nothing.
+    with. Only persistent buffers count; a module without any costs nothing. Where a module has put another tensor in the place
+    of one (``self.bank = torch.cat(…)``), it is each replica's own, as there, but for the statistics of torch's norms.
 
     Args:
         root: the module. group: the replicas.
@@ -32,15 +34,24 @@ class SharedBuffers:
         metrics = [name + "." for name, module in root.named_modules() if isinstance(module, Metric)]
         self._group = group
         self._source = dist.get_global_rank(group, 0)
-        self._by_dtype: dict[torch.dtype, list[Tensor]] = {}
-        for name, buffer in root.named_buffers():
-            if name in names and buffer.numel() and not name.startswith(tuple(metrics)):
-                self._by_dtype.setdefault(buffer.dtype, []).append(buffer)
+        self._places = [
+            (root.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], buffer)
+            for name, buffer in root.named_buffers()
+            if name in names and buffer.numel() and not name.startswith(tuple(metrics))
+        ]
+
+    def _by_dtype(self) -> dict[torch.dtype, list[Tensor]]:
+        found: dict[torch.dtype, list[Tensor]] = {}
+        for module, name, former in self._places:
+            buffer = module._buffers.get(name)
+            if buffer is not None and (buffer is former or isinstance(module, _NormBase)):
+                found.setdefault(buffer.dtype, []).append(buffer)
+        return found
 
     @torch.no_grad()
     def share(self) -> None:
         """Give the first replica's buffers to all."""
-        for buffers in self._by_dtype.values():
+        for buffers in self._by_dtype().values():
             flat = torch.cat([buffer.reshape(-1) for buffer in buffers])
             dist.broadcast(flat, self._source, group=self._group)
             parts = flat.split([buffer.numel() for buffer in buffers])
