@@ -420,7 +420,7 @@ def mount(folder: Path, num_bytes: int, flags: int = 0) -> None:
 def fill_a_disk(folder: Path) -> list[Any]:
     """Save on file systems of all sizes at which something else is the first that has no room."""
     told = []
-    for pages in range(24, 60, 2):
+    for pages in range(28, 64, 2):
         mount(folder, pages * 4096)
         save_now(folder / "a", 1.0)
         checkpointer = Checkpointer(SETTINGS)
