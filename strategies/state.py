@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -121,8 +121,21 @@ class CheckpointState:
                     "name a weight is saved as it is; edit it under its own name, or put value.full_tensor() there."
                 )
             else:
+                if key not in buffers:
+                    self._check_no_part(name, value, {given[id(each)][0] for each in state_dict.values() if id(each) in given})
                 owner = self._first(self._ranks_of_stage(origin) if origin in buffers else self._ranks_at_the_end())
                 yield LocalTensor.whole(_MODEL + name, local(value), owners=(owner,))
+
+    def _check_no_part(self, name: str, value: Tensor, there: Collection[str]) -> None:
+        """Raise ``ValueError`` for a new name whose value may be this rank's part of a weight that is not ``there`` now."""
+        for key, param in self._done.named_parameters().items():
+            if key in there or local(param).shape != value.shape:
+                continue
+            if self._boxed(key, key, param.detach(), param, lazy=False).global_shape != tuple(value.shape):
+                raise ValueError(
+                    f"a hook has put {name!r} into the state dict, in the shape that this rank's part of {key!r} has, which is "
+                    "gone. A part is known under its own name, or as it is under another: edit a weight or rename it, not both."
+                )
 
     def parameters(self) -> list[LocalTensor]:
         """Return what this rank has of each parameter, by the name in the module."""

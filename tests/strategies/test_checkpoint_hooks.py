@@ -84,6 +84,28 @@ def test_renamed_and_edited_tensors_are_saved_and_loaded(pool: RankPool, name: s
     assert torch.equal(edited["old.layers.1.down.weight"], saved["old.layers.1.down.weight"])
 
 
+class EditsAndRenames(Classifier):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        state = checkpoint["state_dict"]
+        state["half"] = state.pop("layers.0.up.weight") / 2
+
+
+def save_what_is_told(strategy: Any, folder: str) -> str:
+    trainer = make_trainer(strategy, max_steps=1)
+    trainer.fit(EditsAndRenames(), loaders(trainer, Task(EditsAndRenames, strategy))[0])
+    try:
+        trainer.save_checkpoint(f"{folder}/a.ckpt")
+    except ValueError as error:
+        return str(error)
+    return "saved"
+
+
+def test_a_part_of_a_weight_is_not_saved_as_a_whole_one(pool: RankPool, tmp_path: Path) -> None:
+    for told in pool.run(save_what_is_told, 2, {"tp": 2}, str(tmp_path)):
+        assert "'half'" in told and "'layers.0.up.weight'" in told and "not both" in told
+    assert pool.run(save_what_is_told, 2, {}, str(tmp_path)) == ["saved", "saved"]
+
+
 def test_an_emptied_list_of_optimizer_states_starts_them_anew(tmp_path: Path) -> None:
     class Forgets(Classifier):
         def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
