@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -92,6 +93,20 @@ def skip_backward(trainer: Any) -> None:
     """Keep Lightning from zeroing gradients and going backward around ``training_step``: a pipeline does both inside of it."""
     assert hasattr(trainer.fit_loop.epoch_loop.automatic_optimization, "_skip_backward")
     trainer.fit_loop.epoch_loop.automatic_optimization._skip_backward = True
+
+
+def asked_weights_only() -> bool | None:
+    """Return the ``weights_only`` that a running ``fit``, ``validate``, … was given.
+
+    Lightning forgets it where a checkpoint is restored after set-up.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == "_run" and str(frame.f_globals.get("__name__")).endswith(".trainer.trainer"):
+            asked: bool | None = frame.f_locals.get("weights_only")
+            return asked
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
 
 
 def allow_compiled_modules(package: str, strategy: type) -> None:

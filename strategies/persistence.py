@@ -197,6 +197,7 @@ class Persistence(StrategyBase):
         )
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        weights_only = _lightning.asked_weights_only() if weights_only is None else weights_only
         if self._held_checkpointer is not None:
             self._held_checkpointer.wait()
         if not self._uses_foreign_io:

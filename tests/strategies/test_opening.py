@@ -101,6 +101,30 @@ def test_modules_and_partials_among_hyper_parameters_are_opened_by_whoever_trust
     assert torch.equal(module.net.bias, weights["net.bias"]) and trainer.global_step == 6
 
 
+def resume(strategy: Any, path: str, weights_only: bool | None) -> list[str]:
+    """Return the hyper-parameters that a resumed run finds in the checkpoint."""
+    warnings.simplefilter("ignore")
+    module, trainer = wrapped(), make_trainer(strategy, max_epochs=2)
+    found: list[str] = []
+    module.on_load_checkpoint = lambda checkpoint: found.extend(sorted(checkpoint["hyper_parameters"]))
+    trainer.fit(module, *loaders(trainer, Task(wrapped, None)), ckpt_path=path, weights_only=weights_only)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("strategy", "trusted"),
+    [({}, ["net", "optimizer", "width"]), ({"zero_stage": 3}, ["optimizer", "width"])],  # FSDP2's modules are no pickles
+    ids=["before set-up", "after it"],
+)
+def test_a_run_that_trusts_a_checkpoint_resumes_with_what_pickle_holds(
+    pool: RankPool, strategy: Any, trusted: list[str], tmp_path: Path
+) -> None:
+    path = str(tmp_path / "a.ckpt")
+    pool.run(train_and_save, 2, strategy, path, wrapped)
+    assert pool.run(resume, 2, strategy, path, False) == [trusted] * 2
+    assert pool.run(resume, 2, strategy, path, None) == [["width"]] * 2
+
+
 class Quasi(Classifier):
     """An optimizer that keeps lists."""
 
