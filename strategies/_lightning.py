@@ -10,6 +10,7 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 from torch import nn
@@ -100,12 +101,12 @@ def asked_weights_only() -> bool | None:
 
     Lightning forgets it where a checkpoint is restored after set-up.
     """
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_name == "_run" and str(frame.f_globals.get("__name__")).endswith(".trainer.trainer"):
             asked: bool | None = frame.f_locals.get("weights_only")
             return asked
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return None
 
 
