@@ -97,6 +97,7 @@ class CheckpointState:
         params, buffers = self._done.named_parameters(), {canonical(n) for n, _ in self._done.root.named_buffers()}
         given, self._given = self._given, {}
         seen: dict[str, str] = {}
+        held: set[str] = set()
         self._aliases, self._renamed = {}, {}
         for name, value in state_dict.items():
             if not isinstance(value, Tensor):
@@ -105,16 +106,18 @@ class CheckpointState:
             key = self._done.aliases.get(origin, origin)
             if key in seen:
                 self._aliases[_MODEL + name] = seen[key]
+            else:
+                seen[key] = _MODEL + name
+                if name != key:
+                    self._renamed[name] = key
+            # A pipeline stage may have a tied weight under another than its first name.
+            if key in held or (self._done.cut and self._done.cut.is_elsewhere(origin)):
                 continue
-            seen[key] = _MODEL + name
-            if name != key:
-                self._renamed[name] = key
-            if self._done.cut and self._done.cut.is_elsewhere(origin):
-                continue
+            held.add(key)
             if key in params:
                 # A hook may have put something else under the parameter's name, which may change at any time.
                 lazy = local(value).data_ptr() == local(params[key]).data_ptr()
-                yield self._boxed(_MODEL + name, key, value, params[key], lazy=lazy)
+                yield self._boxed(seen[key], key, value, params[key], lazy=lazy)
             elif isinstance(value, DTensor):
                 raise ValueError(
                     f"a hook has put a part of a weight into the state dict as {name!r}, which is no parameter. Under another "
