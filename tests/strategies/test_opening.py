@@ -139,7 +139,7 @@ class Factored(Classifier):
         return torch.optim.Adafactor(self.parameters(), lr=0.02)
 
 
-@pytest.mark.parametrize(("module", "name"), [(Quasi, "one"), (Quasi, "dp2"), (Factored, "dp2")])
+@pytest.mark.parametrize(("module", "name"), [(Quasi, "one"), pytest.param(Quasi, "dp2", marks=SLOW), (Factored, "dp2")])
 def test_state_that_is_no_flat_dictionary_is_resumed_bit_for_bit(
     pool: RankPool, module: Any, name: str, tmp_path: Path
 ) -> None:

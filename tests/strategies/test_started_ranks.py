@@ -19,7 +19,7 @@ def data() -> Any:
     return loader(Rows(8), 4)
 
 
-@pytest.mark.parametrize(("method", "zero_stage"), [("fork", 1), ("fork", 3), ("spawn", 1)])
+@pytest.mark.parametrize(("method", "zero_stage"), [("fork", 1), ("fork", 3), pytest.param("spawn", 1, marks=pytest.mark.slow)])
 def test_results_and_whole_weights_come_back(method: str, zero_stage: int, tmp_path: Path) -> None:
     group = ProcessGroupSettings(start_method=method)  # type: ignore[arg-type]
     strategy = kenotron.KenotronStrategy(zero_stage=zero_stage, process_group=group)  # type: ignore[arg-type]
