@@ -5,12 +5,19 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from kenotron.layout import ParallelLayout
 from kenotron.parallel.apply import Parallelized
 from kenotron.parallel.shards import successor
+
+
+def no_such_setting(owner: str, name: str, known: Sequence[str]) -> str:
+    """Say that ``owner`` has no setting of that name, and which one is near it, or all that it has."""
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(known)}"
+    return f"{owner} has no setting {name}; {hint}."
 
 
 def with_known_names(make: Callable[..., None]) -> Callable[..., None]:
@@ -24,9 +31,7 @@ def with_known_names(make: Callable[..., None]) -> Callable[..., None]:
     def checked(self: Any, *args: Any, **settings: Any) -> None:
         for name in settings:
             if name not in known:
-                near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-                hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(known)}"
-                raise ValueError(f"{type(self).__name__} has no setting {name}; {hint}.")
+                raise ValueError(no_such_setting(type(self).__name__, name, known))
         make(self, *args, **settings)
 
     return checked

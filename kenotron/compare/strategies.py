@@ -85,13 +85,13 @@ def make_strategy(text: str, instead: Mapping[Any, Any] | None = None) -> Any:
     Raises:
         ValueError: an unknown name, or settings that can't be.
     """
+    from kenotron.strategies.checks import no_such_setting
+
     spec = check_spec(text)
     make, defaults = _maker(spec.name)
     known = settings_of(spec.name)
     for name in spec.settings.keys() - set(known):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        hint = f"the nearest is {near[0]}" if near else f"known are {', '.join(known)}"
-        raise ValueError(f"{text!r}: {spec.name} has no setting {name}; {hint}.")
+        raise ValueError(f"{text!r}: {no_such_setting(spec.name, name, known)}")
     try:
         return (instead or {}).get(make, make)(**{**defaults, **spec.settings})
     except TypeError as error:
